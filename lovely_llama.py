@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -305,8 +305,9 @@ def block(
 
 
 def fold_layers(
-    layer: Callable[[Array, Any, Any], tuple[Array, Cache]], x: Array, blocks: tuple[Block, ...] | Block, cache: Caches
-) -> tuple[Array, Caches]:
+    layer: Callable[[Array, Any, Any], tuple[Array, Cache]], x: Float[Array, "seq dim"],
+    blocks: tuple[Block, ...] | Block, cache: Caches,
+) -> tuple[Float[Array, "seq dim"], Caches]:  # fmt: skip
     """Send x through the layers: one after the other in a tuple, by a scan (compiled once for all) when stacked."""
     if isinstance(blocks, Block):
         return lax.scan(lambda x, both: layer(x, *both), x, (blocks, cache))
@@ -818,7 +819,7 @@ def check_config(config: Config, file: object = "config") -> None:
         must("rope_scaling", (scaling.low, scaling.high), 0 < scaling.low < scaling.high, "0 < low < high")
 
 
-def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments") -> "np.ndarray[Any, Any]":
+def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments") -> Int[np.ndarray, " seq"]:
     """Refuse ids outside the vocabulary, none at all, or too many: inside `jit` all three would pass in silence."""
     ids = np.asarray(tokens)
     check("tokens", f"{ids.size} of them", 0 < ids.size <= limit, f"1 to {limit}", file)
@@ -895,10 +896,10 @@ def from_named(names: Mapping[str, str], get: Callable[[str], Any], config: Conf
     return jax.tree.map_with_path(of, shapes(config))
 
 
-def to_named(names: Mapping[str, str], params: Params) -> dict[str, "np.ndarray[Any, Any]"]:
+def to_named(names: Mapping[str, str], params: Params) -> dict[str, Float[np.ndarray, "..."]]:
     """The inverse of `from_named`, for blocks in a tuple."""
 
-    def of(path: tuple[Any, ...], leaf: Array) -> tuple[str, "np.ndarray[Any, Any]"]:
+    def of(path: tuple[Any, ...], leaf: Array) -> tuple[str, Float[np.ndarray, "..."]]:
         name, shape = tensor(names, path, leaf.shape)
         array = np.asarray(leaf)
         if names is HF and path[-1].name in "qk":
@@ -914,7 +915,7 @@ def from_llama2c(arrays: Mapping[str, Any], config: Config) -> Params:
     return from_named(LLAMA2C, arrays.__getitem__, config)
 
 
-def to_llama2c(params: Params, config: Config) -> dict[str, "np.ndarray[Any, Any]"]:
+def to_llama2c(params: Params, config: Config) -> dict[str, Float[np.ndarray, "..."]]:
     """Arrays named as in llama2.c's model.py."""
     return to_named(LLAMA2C, params)
 
@@ -924,7 +925,7 @@ def from_hf(arrays: Mapping[str, Any], config: Config) -> Params:
     return from_named(HF, arrays.__getitem__, config)
 
 
-def to_hf(params: Params, config: Config) -> dict[str, "np.ndarray[Any, Any]"]:
+def to_hf(params: Params, config: Config) -> dict[str, Float[np.ndarray, "..."]]:
     """Arrays named as in transformers' LlamaForCausalLM."""
     return to_named(HF, params)
 
@@ -970,7 +971,7 @@ def check_memory(config: Config, file: object) -> None:
     check("memory", f"{have:.1f} GiB", need <= have, f"{need:.1f} GiB for the parameters", file)
 
 
-def finite(array: "np.ndarray[Any, Any]", name: str, file: object) -> "np.ndarray[Any, Any]":
+def finite(array: Float[np.ndarray, "..."], name: str, file: object) -> Float[np.ndarray, "..."]:
     """Refuse a tensor with NaN or ∞ in it: a sum has them if it has."""
     check(name, "NaN or ∞", bool(np.isfinite(array).all()), "finite numbers", file)
     return array
@@ -1032,7 +1033,7 @@ def load_llama2c(file: BinaryIO, path: Path) -> Model:
         for full in dict.fromkeys(name.format(layer) for layer in range(layers)):
             places[full], offset = offset, offset + 4 * math.prod(expected.get(full, ()))
 
-    def get(name: str) -> "np.ndarray[Any, Any]":
+    def get(name: str) -> Float[np.ndarray, "..."]:
         file.seek(places[name])
         return finite(np.fromfile(file, "<f4", math.prod(expected[name])), name, path)
 
@@ -1151,7 +1152,7 @@ def load_gguf(file: BinaryIO, path: Path) -> Model:
     check_memory(config, path)
     tokenizer = gguf_tokenizer(fields, config.vocab, path)
 
-    def get(name: str) -> "np.ndarray[Any, Any]":
+    def get(name: str) -> Float[np.ndarray, "..."]:
         shape, kind, _ = found[name]
         file.seek(places[name][0])
         # The package takes 16 rows at a time. Blocks know nothing of rows, so a few long ones save most of its time.
@@ -1316,6 +1317,98 @@ def run() -> int:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return main()
+
+
+# ---- 12. Properties --------------------------------------------------------------------------------------------------
+# What holds for any Llama, to call on your own. A model is a function from token ids to logits, (seq) to (seq, vocab),
+# in arrays that numpy can read. A check returns nothing, or raises AssertionError and says where it does not hold.
+
+Logits = Callable[[Any], Any]
+
+
+def same(got: Any, want: Any, bound: float, what: str) -> None:
+    """Fail where ‖got − want‖ > bound ‖want‖; with a bound of 0, where a bit differs."""
+    a, b = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert a.shape == b.shape, f"{what}: got shape {a.shape}, expected {b.shape}"
+    error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-300))
+    assert error <= bound, f"{what}: got a relative error of {error:.1e}, expected {bound:.0e} at most"
+
+
+def check_causality(model: Logits, tokens: Any, vocab: int) -> None:
+    """Another token at t leaves the logits before t as they were, to the bit, and changes those at t."""
+    tokens = np.array(tokens)
+    want = np.asarray(model(tokens))
+    for t in range(len(tokens)):
+        other = tokens.copy()
+        other[t] = (tokens[t] + 1) % vocab
+        got = np.asarray(model(other))
+        same(got[:t], want[:t], 0.0, f"logits before a change at {t}")
+        assert (got[t] != want[t]).any(), f"logits at a change at {t}: got the same, expected others"
+
+
+def check_cache(step: Callable[[Any, Any], tuple[Any, Any]], model: Logits, tokens: Any, bound: float) -> None:
+    """Some tokens at once and the rest one by one, from a cache, have the logits of all at once, wherever the cut is.
+
+    `step(tokens, cache)` returns logits and a cache, and takes None for an empty one.
+    """
+    tokens = np.asarray(tokens)
+    want = np.asarray(model(tokens))
+    for cut in range(1, len(tokens)):
+        logits, cache = step(tokens[:cut], None)
+        same(logits, want[:cut], bound, f"logits of the first {cut}")
+        for t in range(cut, len(tokens)):
+            logits, cache = step(tokens[t : t + 1], cache)
+            same(np.asarray(logits)[-1], want[t], bound, f"logits at {t} after {cut} at once")
+
+
+def check_rows(
+    rows: Callable[[Sequence[Any]], Sequence[Any]], model: Logits, tokens: Sequence[Any], bound: float
+) -> None:
+    """Rows of unequal lengths, run together and in either order, have the logits they have alone."""
+    want = [model(np.asarray(row)) for row in tokens]
+    for order in (slice(None), slice(None, None, -1)):
+        for got, alone, row in zip(rows(tokens[order]), want[order], tokens[order], strict=True):
+            same(got, alone, bound, f"logits of the row of {len(row)}")
+
+
+def check_rotation(rotate: Callable[[Any, int], Any], head_dim: int, bound: float) -> None:
+    """`rotate(x, position)` keeps lengths, is nothing at 0, and leaves products that know the distance alone."""
+    q, k = np.random.default_rng(0).normal(size=(2, head_dim)).astype(np.float32)
+    same(rotate(q, 0), q, bound, "a vector rotated at 0")
+    same(np.linalg.norm(rotate(q, 77)), np.linalg.norm(q), bound, "a length at 77")
+    for distance in (0, 1, 63, 300):
+        want = np.dot(rotate(q, distance), rotate(k, 0))
+        for position in (1, 64, 500):
+            got = np.dot(rotate(q, position + distance), rotate(k, position))
+            scale = np.linalg.norm(q) * np.linalg.norm(k)
+            same(got + scale, want + scale, bound, f"a product over {distance} at {position}")
+    assert abs(np.dot(rotate(q, 1), rotate(k, 0)) - np.dot(q, k)) > bound, "a product over 1: got that over 0"
+
+
+def check_heads(
+    model: Callable[[Params, Config, Any], Any], params: Params, config: Config, tokens: Any, bound: float
+) -> None:
+    """`model(params, config, tokens)` is the same with keys and values written out for every query head, as in MHA.
+
+    So it is with the heads in another order. Your own model gets the parameters by `to_hf` or `to_llama2c`.
+    """
+    want = model(params, config, tokens)
+
+    def each(change: Callable[[Attention], Attention]) -> Params:
+        blocks = tuple(block._replace(attn=change(block.attn)) for block in cast(tuple[Block, ...], params.blocks))
+        return params._replace(blocks=blocks)
+
+    def written_out(w: Attention) -> Attention:
+        k, v = (jnp.repeat(rows, config.q_per_kv, axis=0) for rows in (w.k, w.v))
+        q, o = w.q.reshape(len(k), 1, *w.q.shape[2:]), w.o.reshape(len(w.o), len(k), 1, -1)
+        return Attention(q, k, v, o)
+
+    everyone = replace(config, kv_heads=config.kv_heads * config.q_per_kv, q_per_kv=1)
+    same(model(each(written_out), everyone, tokens), want, bound, "keys written out for every query head")
+    reverse = each(lambda w: Attention(w.q[::-1], w.k[::-1], w.v[::-1], w.o[:, ::-1]))
+    same(model(reverse, config, tokens), want, bound, "key/value heads in another order")
+    within = each(lambda w: w._replace(q=w.q[:, ::-1], o=w.o[:, :, ::-1]))
+    same(model(within, config, tokens), want, bound, "query heads in another order")
 
 
 if __name__ == "__main__":

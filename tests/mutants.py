@@ -1,0 +1,191 @@
+"""Put faults into copies of lovely_llama.py, and see that the tests of the faulty part find every one.
+
+    ./dev mutants            each fault below: what kills it, or that it survives (exit status 1)
+    ./dev mutants --lines    each statement of parts 2 to 7 left out in turn, likewise
+    ./dev mutants NAME ...   some of the faults
+
+A mutant counts as killed by a test that fails, not by one that crashes, and only if the part's own tests find it.
+"""
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = (ROOT / "lovely_llama.py").read_text()
+
+
+class Mutant(NamedTuple):
+    """A fault: what is written instead of what. `bug` is its number among those that have happened elsewhere."""
+
+    name: str
+    part: int
+    old: str
+    new: str
+    bug: int | None = None
+
+
+MUTANTS = [
+    # Those that have happened in public code.
+    Mutant("rotary pairs taken as halves", 3, "a, b = wide(x).reshape(-1, 2).T", "a, b = wide(x).reshape(2, -1)", 1),
+    Mutant("rows of k left as Hugging Face has them", 9, 'in "qk":  # Hugging', 'in "q":  # Hugging', 2),
+    Mutant("query heads grouped the other way", 4, "vmap(group)(w.q,", "vmap(group)(w.q.reshape(w.q.shape[1], len(w.q), *w.q.shape[2:]).swapaxes(0, 1),", 3),
+    Mutant("theta not passed", 3, "config.theta ** (2", "1e4 ** (2", 4),
+    Mutant("llama3 scaling missing", 3, "if scaling is None:", 'if scaling is None or scaling.kind == "llama3":', 5),
+    Mutant("yarn's ramp inverted", 3, "kept = 1 - (i - first)", "kept = (i - first)", 6),
+    Mutant("angles in bfloat16", 3, "return position.astype(f.dtype) * f", "return (position.astype(jnp.bfloat16) * f.astype(jnp.bfloat16)).astype(f.dtype)", 8),
+    Mutant("eps of another model", 3, "lax.rsqrt(eps +", "lax.rsqrt(1e-6 +", 9),
+    Mutant("the norm's mean in low precision", 3, "jnp.mean(wide(x) ** 2)", "jnp.mean(x**2).astype(jnp.float32)", 10),
+    Mutant("norm over seq too", 4, "attention(w.attn, vmap(norm)(x),", "attention(w.attn, x * lax.rsqrt(config.eps + jnp.mean(x**2)) * w.attn_norm[None],", 11),
+    Mutant("rotation without its sines", 3, "[a * cos - b * sin, a * sin + b * cos]", "[a * cos, b * cos]", 12),
+    Mutant("a tied model untied", 5, "None if config.tied else embed)", "embed)", 13),
+    Mutant("a row knows nothing of its start", 4, "positions = start + jnp.arange(len(x))", "positions = jnp.arange(len(x))", 14),
+    Mutant("id 0 taken for padding", 4, "params.embed[tokens], params.blocks", "params.embed[tokens] * (tokens != 0)[:, None].astype(params.embed.dtype), params.blocks", 15),
+    Mutant("a block with nothing to see is NaN", 3, "jnp.ceil(jnp.maximum(top, scores.max()))", "jnp.ceil(scores.max())", 16),
+    Mutant("cache written one late", 4, "(values, v, start, axis=0)", "(values, v, start + 1, axis=0)", 17),
+    Mutant("two BOS", 8, "return bos + self.encode", "return bos + bos + self.encode", 18),
+    Mutant("one EOS of several", 8, "frozenset({*ends, eos} - {None})", "frozenset({eos} - {None})", 19),
+    Mutant("a character's last bytes lost", 7, 'getincrementaldecoder("utf-8")("replace")', 'getincrementaldecoder("utf-8")("ignore")', 20),
+    Mutant("top-p drops the token that crosses", 7, "(before[rank] < p)", "(before[rank] + descending[rank] < p)", 21),
+    Mutant("up scaled in place of down", 5, 'in ("o", "down") else', 'in ("o", "up") else', 25),
+    # Our own.
+    Mutant("mask one short", 3, "(at <= position)", "(at < position)"),
+    Mutant("mask one long", 3, "(at <= position)", "(at <= position + 1)"),
+    Mutant("keys counted twice where blocks overlap", 3, "(i * size <= at) & (at <= position)", "at <= position"),
+    Mutant("scores not scaled", 3, "wide(q) / math.sqrt(head_dim) @ k.T", "wide(q) @ k.T"),
+    Mutant("sum not rescaled", 3, "kept * total + weights.sum()", "total + weights.sum()"),
+    Mutant("average not rescaled", 3, "kept * mixed + weights @ v", "mixed + weights @ v"),
+    Mutant("softmax overflows", 3, "jnp.exp(wide(scores) - wide(scores).max())", "jnp.exp(wide(scores))"),
+    Mutant("gain before the norm", 3, "jnp.mean(wide(x) ** 2)", "jnp.mean((wide(gain) * wide(x)) ** 2)"),
+    Mutant("silu on the wrong branch", 3, "silu(gate @ x) * (up @ x)", "(gate @ x) * silu(up @ x)"),
+    Mutant("silu by x / (1 + exp(-x))", 3, "x * lax.logistic(x)", "x / (1 + jnp.exp(-x))"),
+    Mutant("linear scaling the wrong way", 3, "(f / scaling.factor)", "(f * scaling.factor)"),
+    Mutant("llama3's ends swapped", 3, "(2 * math.pi) - scaling.low)", "(2 * math.pi) - scaling.high)"),
+    Mutant("values rotated", 4, "rope(w_k @ x, angles), w_v @ x", "rope(w_k @ x, angles), rope(w_v @ x, angles)"),
+    Mutant("queries not rotated", 4, "sharpness * rope(w_q @ x, angles)", "sharpness * (w_q @ x)"),
+    Mutant("yarn sharpens one side only", 4, "attention_factor**2", "attention_factor"),
+    Mutant("attention not added", 4, "x = x + answer", "x = answer"),
+    Mutant("halves in parallel", 4, "vmap(feed_forward)(x), cache", "vmap(feed_forward)(x - answer), cache"),
+    Mutant("norms mixed up", 4, "rms_norm(x, w.ffn_norm", "rms_norm(x, w.attn_norm"),
+    Mutant("layers reversed", 4, "zip(blocks, cache,", "zip(blocks[::-1], cache,"),
+    Mutant("last norm dropped", 4, "unembed @ rms_norm(x, params.norm, config.eps)", "unembed @ x"),
+    Mutant("embedding scaled", 4, "layer, params.embed[tokens],", "layer, params.embed[tokens] * config.dim**0.5,"),
+    Mutant("the prompt's last token read twice", 7, "min(len(self.tokens), len(tokens) - 1))", "min(len(self.tokens), len(tokens) - 2))"),
+    Mutant("count forgets a layer", 5, "(config.layers - 1) * sizes[1]", "(config.layers - 2) * sizes[1]"),
+    Mutant("ignored targets counted", 6, "targets.reshape(-1) >= 0", "targets.reshape(-1) >= -1"),
+    Mutant("mean over ignored targets", 6, "jnp.maximum(counts.sum(), 1)", "jnp.array(counts.size)"),
+    Mutant("temperature the wrong way", 7, "below / t)", "below * t)"),
+    Mutant("top-k keeps one more", 7, "ranks(logits) < k", "ranks(logits) <= k"),
+    Mutant("top-p may keep nothing", 7, "(before[rank] < p) | (rank == 0)", "(before[rank] + descending[rank] < p)"),
+    Mutant("min-p loses equals", 7, "softmax(logits) >= p", "softmax(logits) > p"),
+    Mutant("penalty rewards negative logits", 7, "logits / penalty, logits * penalty)", "logits / penalty, logits / penalty)"),
+    Mutant("every position draws alike", 7, "jax.random.fold_in(rng, position)", "rng"),
+    Mutant("what was seen is forgotten", 7, 'seen.at[token].set(True, mode="drop")', "seen"),
+    Mutant("NaN passes", 7, "jnp.isfinite(logits).all()", "True"),
+    Mutant("the stop text is shown", 7, "held[: min(ends)]", "held"),
+    Mutant("the cache is not moved when it grows", 7, "if self.cache:", "if not self.room:"),
+]  # fmt: skip
+
+# What can be left out of parts 2 to 7 with no test failing, and why no test should.
+HARMLESS = {
+    "layer = jax.checkpoint": "the layers are traced one by one, to the same program",
+}
+
+
+def tests_of(part: int) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob(f"test_{part}_*.py"))]
+
+
+def run(source: str, tests: list[str]) -> tuple[str, str]:
+    """Run tests on a source: ("killed", by what), ("crashed", at what) or ("survived", "")."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        copy.mkdir()
+        for name in ("tests", "llama2_c", "pyproject.toml", "README.md", "dev"):
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
+        if (shared := ROOT.parent / "shared").exists():
+            (Path(folder) / "shared").symlink_to(shared)
+        (copy / "lovely_llama.py").write_text(source)
+        command = [sys.executable, "-B", "-m", "pytest", "-x", "--tb=line", *tests]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    if done.returncode == 0:
+        return "survived", ""
+    failed = re.search(r"^(FAILED|ERROR) \S*?/(\S+)(?: - (.*))?", done.stdout, re.MULTILINE)
+    if not failed:
+        return "crashed", (done.stdout + done.stderr)[-300:]
+    crash = failed[1] == "ERROR" or re.match(
+        r"(\w*\.)*(NameError|SyntaxError|AttributeError|Import\w*)", failed[3] or ""
+    )
+    return "crashed" if crash else "killed", failed[2]
+
+
+def judge(mutant: Mutant) -> tuple[str, str]:
+    assert SOURCE.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} stands {SOURCE.count(mutant.old)} times"
+    return run(SOURCE.replace(mutant.old, mutant.new), tests_of(mutant.part))
+
+
+def statements() -> Iterator[tuple[int, str, str]]:
+    """Every simple statement inside the functions of parts 2 to 7: its part, itself, and the source without it."""
+    lines = SOURCE.splitlines(keepends=True)
+    rulers = [
+        (int(n), SOURCE[: m.start()].count("\n") + 1)
+        for m in re.finditer(r"^# ---- (\d+)", SOURCE, re.M)
+        if (n := m[1])
+    ]
+    for function in ast.walk(ast.parse(SOURCE)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        part = max(n for n, line in rulers if line <= function.lineno) if function.lineno > rulers[0][1] else 1
+        for node in ast.walk(function) if 2 <= part <= 7 else ():
+            simple = isinstance(node, ast.Assign | ast.AugAssign | ast.Return | ast.Expr | ast.Raise | ast.Delete)
+            if not simple or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                continue
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            text = " ".join(line.strip() for line in lines[first:last])
+            gap = [lines[first][: node.col_offset] + "pass\n", *["\n"] * (last - first - 1)]
+            yield part, text, "".join([*lines[:first], *gap, *lines[last:]])
+
+
+def leave_out(statement: tuple[int, str, str]) -> tuple[str, str]:
+    """The part's own tests first, then those of every part."""
+    part, _, source = statement
+    own = run(source, tests_of(part))
+    return own if own[0] != "survived" else run(source, [t for p in range(2, 8) if p != part for t in tests_of(p)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", action="store_true", help="leave out statements instead")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="some of the mutants only")
+    args = parser.parse_args()
+    survivors = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        if args.lines:
+            found = list({source: (part, text, source) for part, text, source in statements()}.values())
+            for (part, text, _), (end, _) in zip(found, pool.map(leave_out, found), strict=True):
+                reason = next((why for start, why in HARMLESS.items() if text.startswith(start)), "")
+                survivors += end == "survived" and not reason
+                if end == "survived":
+                    print(f"survived   part {part}: {text}   {reason or 'NO REASON KNOWN'}", flush=True)
+            print(f"{len(found)} statements left out, {survivors} survived without a reason")
+            return int(survivors > 0)
+        chosen = [m for m in MUTANTS if not args.names or m.name in args.names]
+        for mutant, (end, by) in zip(chosen, pool.map(judge, chosen), strict=True):
+            survivors += end != "killed"
+            number = f"{mutant.bug:2}" if mutant.bug else " –"
+            print(f"{number}  part {mutant.part:2}  {mutant.name:44}  {end:8}  {by}", flush=True)
+    print(f"{len(chosen)} mutants, {len(chosen) - survivors} killed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
