@@ -9,8 +9,8 @@ and an axis, the `Config` field that says how long it is, and every other mentio
     head_dim  width of a head                          pairs       head_dim / 2, its planes of rotation
     vocab     entries of the vocabulary                layers      blocks, one on top of the other
 
-A matrix is stored [out, in] and applied as W @ x. Rotary pairs are neighbours, as in Meta's and llama2.c's files.
-Positions are absolute, from 0. Norms, rotations and softmax are computed in float32 at least, then cast back.
+A matrix is stored [out, in] and applied as W @ x. Rotary pairs are neighbours, as in Meta's and llama2.c's files, and
+positions absolute, from 0. Norms, rotations and softmax are computed in float32 at least, then cast back.
 
 Llama: Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Llama 3: Dubey et al. 2024, arXiv:2407.21783.
 """
@@ -18,11 +18,9 @@ Llama: Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Llama 3: Dubey et a
 import argparse
 import codecs
 import importlib.util
-import io
 import math
 import os
 import re
-import secrets
 import signal
 import struct
 import sys
@@ -144,7 +142,7 @@ BLOCK = 256  # keys read at a time: enough to keep a processor busy, few enough 
 
 def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The same numbers in float32, or in their own type where that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def rms_norm(x: Float[Array, " dim"], gain: Float[Array, " dim"], eps: float) -> Float[Array, " dim"]:
@@ -237,7 +235,7 @@ def attend(
 
 def silu(x: Float[Array, " n"]) -> Float[Array, " n"]:
     """x σ(x). Hendrycks & Gimpel 2016, arXiv:1606.08415, §2. `logistic` is finite at both ends, and so is its slope."""
-    return x * lax.logistic(x)
+    return (wide(x) * lax.logistic(wide(x))).astype(x.dtype)
 
 
 def swiglu(
@@ -390,8 +388,9 @@ def init(rng: Key[Array, ""], config: Config) -> Params:
         σ = 0.02 / math.sqrt(2 * config.layers) if path[-1].name in ("o", "down") else 0.02
         return σ * jax.random.normal(rng, leaf.shape, leaf.dtype)
 
-    tree = jax.tree.structure(shapes(config))
-    return jax.tree.map_with_path(draw, shapes(config), tree.unflatten(jax.random.split(rng, tree.num_leaves)))
+    leaves, tree = jax.tree.flatten_with_path(shapes(config))
+    rngs = jax.random.split(rng, len(leaves))
+    return tree.unflatten([draw(*leaf, own) for leaf, own in zip(leaves, rngs, strict=True)])
 
 
 def empty_cache(config: Config, ctx: int, dtype: Any) -> tuple[Cache, ...]:
@@ -523,9 +522,10 @@ def choose(
     rng: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"],
     sampling: Sampling,
 ) -> tuple[Int[Array, ""], Bool[Array, " vocab"]]:  # fmt: skip
-    """Draw the token for a position, and note that it was seen; −1 where the logits are not all finite."""
-    token = jax.random.categorical(jax.random.fold_in(rng, position), sampling(logits, seen))
-    token = jnp.where(jnp.isfinite(logits).all(), token, -1)
+    """Draw the token for a position, and note that it was seen; −1 where the logits are not all finite, or overflow."""
+    scores = sampling(logits, seen)
+    token = jax.random.categorical(jax.random.fold_in(rng, position), scores)
+    token = jnp.where(jnp.isfinite(logits).all() & ~jnp.isnan(scores).any(), token, -1)
     return token, seen.at[token].set(True, mode="drop")
 
 
@@ -628,8 +628,11 @@ class Generation(Iterator[str]):
     def _stream(self, tokens: Iterator[int], stop: Sequence[str]) -> Iterator[str]:
         """The text of tokens, up to the first of the stop texts. What could be the beginning of one is held back."""
         decode, held = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
+        pieces, prefix = self.session.model.tokenizer.pieces, self.session.model.tokenizer.prefix
+        begun = any(pieces[token] for token in self.prompt)  # a text begins without its prefix
         for token in tokens:
-            held += decode(self.session.model.tokenizer.pieces[token])
+            held += decode(pieces[token] if begun else pieces[token].removeprefix(prefix))
+            begun = begun or bool(pieces[token])
             if ends := [held.index(text) for text in stop if text in held]:
                 self.reason, held = "stop", held[: min(ends)]
                 break
@@ -728,6 +731,7 @@ def sentencepiece_tokenizer(path: Path) -> Tokenizer:
         return bytes([int(text[3:5], 16)]) if model.is_byte(i) else text.replace("▁", " ").encode()
 
     pieces = [piece(i) for i in range(model.get_piece_size())]
+    check("pieces", len(pieces), len(pieces) > 0, "some", path)
     bos, eos = model.bos_id(), model.eos_id()
     specials = {model.id_to_piece(i): i for i in (bos, eos) if i >= 0}
     stops, begin = frozenset({eos} - {-1}), bos if bos >= 0 else None
@@ -741,26 +745,55 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
     def field(name: str, *default: Any) -> Any:
         return gguf_field(fields, f"tokenizer.ggml.{name}", path, *default)
 
-    check("tokenizer.ggml.model", field("model"), field("model") == "gpt2", "gpt2", path)
-    check("tokenizer.ggml.pre", field("pre"), field("pre") == "smollm", "smollm", path)
+    def must(name: str, got: object, ok: bool, expected: object) -> None:
+        check(f"tokenizer.ggml.{name}", got, ok, expected, path)
+
+    must("model", field("model"), field("model") == "gpt2", "gpt2")
+    must("pre", field("pre"), field("pre") == "smollm", "smollm")
     names, kinds, merges = field("tokens"), field("token_type"), field("merges")
-    check("tokenizer.ggml.tokens", len(names), len(names) == len(set(names)) == vocab, f"{vocab} different ones", path)
-    check("tokenizer.ggml.token_type", len(kinds), len(kinds) == vocab, vocab, path)
+    bos, eos, adds_bos = field("bos_token_id", None), field("eos_token_id", None), field("add_bos_token", False)
+    template = fields.get("tokenizer.chat_template")
+    for name, values, kind, n in (
+        ("tokens", names, str, vocab),
+        ("token_type", kinds, int, vocab),
+        ("merges", merges, str, None),
+    ):
+        right = isinstance(values, list) and all(type(value) is kind for value in values) and n in (None, len(values))
+        must(name, f"{len(values)} values", right, f"{n or 'any number'} of type {kind.__name__}")
+    ids = {name: i for i, name in enumerate(names)}
+    must("tokens", f"{len(ids)} different ones", len(ids) == vocab, vocab)
+    must("token_type", set(kinds), set(kinds) <= {1, 2, 3, 4, 5, 6}, "1 to 6")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    wrong = [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys()]
+    must("merges", wrong[:1], not wrong, "pairs of tokens that make a token")
+    for name, i in (("bos_token_id", bos), ("eos_token_id", eos)):
+        must(name, i, i is None or (type(i) is int and i < vocab), f"an id below {vocab}")
+    must("add_bos_token", adds_bos, type(adds_bos) is bool, "true or false")
+    check("tokenizer.chat_template", template, template is None or type(template) is str, "a text", path)
+    must("bos_token_id", "none", bos is not None or not adds_bos, "one, as it is to be added")
+    try:
+        extra("jinja2", "chat").Environment().parse(template or "")
+    except Exception as error:
+        raise LlamaError(path, "tokenizer.chat_template", "no jinja2 template", "one") from error
 
     # GPT-2 writes a byte as a character: itself where that can be seen, else the next one from U+0100 on.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
+    normal, control = 1, 3
+    foreign = [
+        name for name, kind in zip(names, kinds, strict=True) if kind == normal and not {*name} <= byte_of.keys()
+    ]
+    must("tokens", foreign[:1], not foreign, "letters that stand for bytes")
+
     def piece(name: str, kind: int) -> bytes:
         if kind == control:
             return b""
         return bytes(map(byte_of.__getitem__, name)) if kind == normal else name.encode()
 
-    normal, control = 1, 3
     specials = {name: i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind != normal}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    bpe = lib.Tokenizer(lib.models.BPE({name: i for i, name in enumerate(names)}, pairs))
+    bpe = lib.Tokenizer(lib.models.BPE(ids, pairs))
     digits = lib.pre_tokenizers.Digits(individual_digits=True)
     bpe.pre_tokenizer = lib.pre_tokenizers.Sequence([digits, lib.pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.add_special_tokens(list(specials))
@@ -769,11 +802,9 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
         bpe.encode_special_tokens = not special
         return bpe.encode(text).ids
 
-    bos, eos = field("bos_token_id", None), field("eos_token_id", None)
     ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>") if name in specials]
     return Tokenizer(
-        encode, list(map(piece, names, kinds)), specials, frozenset({*ends, eos} - {None}), bos,
-        field("add_bos_token", False), b"", fields.get("tokenizer.chat_template"),
+        encode, list(map(piece, names, kinds)), specials, frozenset({*ends, eos} - {None}), bos, adds_bos, b"", template
     )  # fmt: skip
 
 
@@ -807,7 +838,7 @@ def check_config(config: Config, file: object = "config") -> None:
     must, scaling = partial(check, file=file), config.rope_scaling
     for field in ("vocab", "dim", "layers", "kv_heads", "q_per_kv", "head_dim", "hidden_dim", "ctx"):
         size = getattr(config, field)
-        must(field, size, isinstance(size, int) and 1 <= size < 2**31, "a whole number from 1 to 2147483647")
+        must(field, size, type(size) is int and 1 <= size < 2**31, "a whole number from 1 to 2147483647")
     must("head_dim", config.head_dim, config.head_dim % 2 == 0, "an even number")
     must("eps", config.eps, 0 < config.eps < math.inf, "a finite number above 0")
     must("theta", config.theta, 1 < config.theta < math.inf, "a finite number above 1")
@@ -817,6 +848,8 @@ def check_config(config: Config, file: object = "config") -> None:
     if scaling and scaling.kind != "linear":
         must("rope_scaling.original_ctx", scaling.original_ctx, scaling.original_ctx > 0, "a whole number above 0")
         must("rope_scaling", (scaling.low, scaling.high), 0 < scaling.low < scaling.high, "0 < low < high")
+        sharper = scaling.attention_factor
+        must("rope_scaling.attention_factor", sharper, 0 < sharper < math.inf, "a finite number above 0")
 
 
 def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments") -> Int[np.ndarray, " seq"]:
@@ -941,15 +974,18 @@ def rope_scaling(fields: Mapping[str, Any], file: object) -> RopeScaling | None:
     if kind == "default":
         return None
 
-    def number(name: str, *default: float) -> float:
+    def number(name: str, *default: float | int) -> float | int:
         value = fields.get(name, *default)
         check(f"rope_scaling.{name}", value, type(value) in (int, float) and math.isfinite(value), "a number", file)
         return value
 
     factor = number("factor")
+    check("rope_scaling.factor", factor, factor > 0, "a number above 0", file)
     if kind == "linear":
         return RopeScaling(kind, factor)
-    ctx = int(number("original_max_position_embeddings"))
+    ctx = number("original_max_position_embeddings")
+    check("rope_scaling.original_max_position_embeddings", ctx, type(ctx) is int, "a whole number", file)
+    ctx = int(ctx)
     if kind == "llama3":
         return RopeScaling(kind, factor, ctx, number("low_freq_factor"), number("high_freq_factor"))
     sharper = number("attention_factor", 0.1 * math.log(factor) + 1)  # arXiv:2309.00071, eq. (22)
@@ -1005,7 +1041,7 @@ def load_llama2c(file: BinaryIO, path: Path) -> Model:
     github.com/karpathy/llama2.c, export.py, legacy_export. Tables of cosines and sines, not read, precede the output.
     """
     must, size, header = partial(check, file=path), os.fstat(file.fileno()).st_size, file.read(28)
-    others = {b"42ka": "llama2.c version 1 or 2", b"PK\3\4": "a zip file", b"<!do": "HTML", b"<!DO": "HTML"}
+    others = {b"24ka": "llama2.c version 1 or 2", b"PK\3\4": "a zip file", b"<!do": "HTML", b"<!DO": "HTML"}
     must("contents", others.get(header[:4]), header[:4] not in others, "a GGUF or llama2.c's version 0")
     must("size", f"{size} bytes", len(header) == 28, "28 at least")
     fields = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
@@ -1095,6 +1131,8 @@ def scan_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tup
     alignment = fields.get("general.alignment", 32)
     fits = type(alignment) is int and 8 <= alignment <= 2**16 and alignment % 8 == 0
     must("general.alignment", alignment, fits, "a multiple of 8, at most 65536")
+    for name, (_, _, offset) in found.items():
+        must(name, f"offset {offset}", offset % alignment == 0, f"a multiple of {alignment}")
     return fields, found, -(-file.tell() // alignment) * alignment
 
 
@@ -1102,8 +1140,10 @@ def load_gguf(file: BinaryIO, path: Path) -> Model:
     """llama.cpp's format, dequantised. Its rows of q and k are in pairs, as ours."""
     lib, must = extra("gguf", "chat"), partial(check, file=path)
     fields, found, data = scan_gguf(file, path)
+    asked = {"llama.vocab_size"}
 
     def field(name: str, kind: type, *default: Any) -> Any:
+        asked.add(name)
         value = gguf_field(fields, name, path, *default)
         must(name, repr(value), type(value) is kind, f"one of type {kind.__name__}")
         return value
@@ -1138,6 +1178,11 @@ def load_gguf(file: BinaryIO, path: Path) -> Model:
         tied="output.weight" not in found,
     )
     check_config(config, path)
+    asked |= {f"llama.rope.scaling.{name}" for name in names}
+    unknown = [name for name in fields if name.startswith("llama.") and name not in asked]
+    must(", ".join(unknown), "a value", not unknown, "no field that is not known here")
+    vocab = fields.get("llama.vocab_size", config.vocab)
+    must("llama.vocab_size", vocab, vocab == config.vocab, f"{config.vocab}, the rows of token_embd.weight")
     must("llama.block_count", config.layers, config.layers <= len(found), f"no more than the {len(found)} tensors")
     check_tensors(all_tensors(GGUF, config), {name: shape for name, (shape, _, _) in found.items()}, path)
     end, places = os.fstat(file.fileno()).st_size, dict[str, tuple[int, int]]()
@@ -1156,8 +1201,11 @@ def load_gguf(file: BinaryIO, path: Path) -> Model:
         shape, kind, _ = found[name]
         file.seek(places[name][0])
         # The package takes 16 rows at a time. Blocks know nothing of rows, so a few long ones save most of its time.
-        raw = np.fromfile(file, np.uint8, places[name][1]).reshape(math.gcd(shape[0], 64), -1)
-        return finite(lib.quants.dequantize(raw, lib.GGMLQuantizationType(kind)), name, path)
+        raw = np.fromfile(file, np.uint8, places[name][1]).reshape(math.gcd(math.prod(shape[:-1]), 64), -1)
+        try:
+            return finite(lib.quants.dequantize(raw, lib.GGMLQuantizationType(kind)), name, path)
+        except NotImplementedError as error:
+            raise LlamaError(path, name, lib.GGMLQuantizationType(kind).name, "a type of weights") from error
 
     return Model(config, from_named(GGUF, get, config), tokenizer)
 
@@ -1241,7 +1289,7 @@ def talk(args: argparse.Namespace) -> None:
         check(field, "bytes that are not UTF-8", text.encode("utf-8", "replace").decode() == text, "text")
     names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
     sampling = Sampling(**{name: value for name in names if (value := getattr(args, name)) is not None})
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     model = load(args.model or default_model())
     more = partial(generate, model, max_new=args.max_new, sampling=sampling, seed=seed, stop=args.stop or ())
     if args.command == "generate":
@@ -1310,9 +1358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run() -> int:
     """`main` as a process: Ctrl-C ends it, compiled programs are kept, what a stream cannot show is escaped."""
     end_on_interrupt()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    for stream in cast(Any, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lovely-llama"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

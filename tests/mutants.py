@@ -67,7 +67,7 @@ MUTANTS = [
     Mutant("softmax overflows", 3, "jnp.exp(wide(scores) - wide(scores).max())", "jnp.exp(wide(scores))"),
     Mutant("gain before the norm", 3, "jnp.mean(wide(x) ** 2)", "jnp.mean((wide(gain) * wide(x)) ** 2)"),
     Mutant("silu on the wrong branch", 3, "silu(gate @ x) * (up @ x)", "(gate @ x) * silu(up @ x)"),
-    Mutant("silu by x / (1 + exp(-x))", 3, "x * lax.logistic(x)", "x / (1 + jnp.exp(-x))"),
+    Mutant("silu by x / (1 + exp(-x))", 3, "(wide(x) * lax.logistic(wide(x)))", "(wide(x) / (1 + jnp.exp(-wide(x))))"),
     Mutant("linear scaling the wrong way", 3, "(f / scaling.factor)", "(f * scaling.factor)"),
     Mutant("llama3's ends swapped", 3, "(2 * math.pi) - scaling.low)", "(2 * math.pi) - scaling.high)"),
     Mutant("values rotated", 4, "rope(w_k @ x, angles), w_v @ x", "rope(w_k @ x, angles), rope(w_v @ x, angles)"),
@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant("penalty rewards negative logits", 7, "logits / penalty, logits * penalty)", "logits / penalty, logits / penalty)"),
     Mutant("every position draws alike", 7, "jax.random.fold_in(rng, position)", "rng"),
     Mutant("what was seen is forgotten", 7, 'seen.at[token].set(True, mode="drop")', "seen"),
-    Mutant("NaN passes", 7, "jnp.isfinite(logits).all()", "True"),
+    Mutant("NaN passes", 7, "jnp.isfinite(logits).all() & ~jnp.isnan(scores).any()", "True"),
     Mutant("the stop text is shown", 7, "held[: min(ends)]", "held"),
     Mutant("the cache is not moved when it grows", 7, "if self.cache:", "if not self.room:"),
 ]  # fmt: skip

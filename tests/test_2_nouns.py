@@ -8,6 +8,7 @@ import jax
 import pytest
 from conftest import SMALL
 from jax import numpy as jnp
+
 from lovely_llama import (
     CONFIGS,
     Attention,
@@ -26,7 +27,7 @@ from lovely_llama import (
 
 LLAMA_3_1, LLAMA_3_2 = RopeScaling("llama3", 8, 8192, 1, 4), RopeScaling("llama3", 32, 8192, 1, 4)
 
-# layers, dim, hidden_dim, query heads, kv_heads, head_dim, vocab, theta, scaling, tied, eps, ctx, parameters: as published.
+# layers, dim, hidden_dim, query heads, kv_heads, head_dim, vocab, theta, scaling, tied, eps, ctx, parameters
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "llama-1-7b": (32, 4096, 11008, 32, 32, 128, 32000, 1e4, None, False, 1e-6, 2048, 6_738_415_616),
     "llama-1-13b": (40, 5120, 13824, 40, 40, 128, 32000, 1e4, None, False, 1e-6, 2048, 13_015_864_320),
@@ -75,7 +76,9 @@ def test_no_published_configuration_is_missing() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published(name: str) -> None:
-    layers, dim, hidden_dim, heads, kv_heads, head_dim, vocab, theta, scaling, tied, eps, ctx, parameters = PUBLISHED[name]
+    layers, dim, hidden_dim, heads, kv_heads, head_dim, vocab, theta, scaling, tied, eps, ctx, parameters = PUBLISHED[
+        name
+    ]
     expected = Config(
         vocab=vocab, dim=dim, layers=layers, kv_heads=kv_heads, q_per_kv=heads // kv_heads, head_dim=head_dim,
         hidden_dim=hidden_dim, ctx=ctx, eps=eps, theta=theta, rope_scaling=scaling, tied=tied,

@@ -1,0 +1,460 @@
+"""How fast it is, and beside whom: `./dev bench`, a quarter of an hour on two cores.
+
+A line holds our figures against a peer's, against others of our own, or against a bound. Both are taken in turns (A B A
+B …) after one turn that does not count. The ratio is the median of the turns' ratios; the spread, the distance between
+their quartiles over that median. What the machine can do is measured before each row. All is float32, on two threads.
+
+It exits 0 where every floor is met, 1 where one is missed or where the machine was busy: a spread was above 20 %, or
+others took above 20 % of a core (which may slow a peer seventeenfold, and as steadily as you like).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+import transformers
+from jax import numpy as jnp
+
+import lovely_llama as ll
+
+THREADS, BUSY = 2, 0.2
+README, BEGIN, END = Path(__file__).resolve().parents[1] / "README.md", "<!-- bench -->", "<!-- /bench -->"
+LLAMA2_RUN = os.environ.get("LLAMA2_RUN")
+ABSENT = {"torch.compile": "no --compile"} | ({} if LLAMA2_RUN else {"llama2.c": "no LLAMA2_RUN=/path/to/run"})
+Work = Callable[[], Any]
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+class Against(NamedTuple):
+    """Our figures and those that they are held against, one of each a turn, or just ours where there is a bound."""
+
+    peer: str
+    unit: str
+    ours: Any
+    theirs: Any = None
+
+
+def take_turns(turns: int, *contenders: Work) -> "np.ndarray[Any, Any]":
+    """What each contender returned in each turn, after one to warm up."""
+    return np.array([[contender() for contender in contenders] for _ in range(1 + turns)][1:]).swapaxes(0, 1)
+
+
+def race(turns: int, unit: str, ours: Work, peers: Mapping[str, Work]) -> Iterator[Against]:
+    figures, *others = take_turns(turns, ours, *peers.values())
+    return (Against(peer, unit, figures, other) for peer, other in zip(peers, others, strict=True))
+
+
+def seconds(work: Work) -> float:
+    begun = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - begun
+
+
+def rate(n: int, work: Work) -> Work:
+    """How many of the n things that work does it does in a second."""
+    return lambda: n / seconds(work)
+
+
+def same(ours: Any, theirs: torch.Tensor) -> None:
+    """What does not compute the same is not to be compared."""
+    a, b = np.asarray(ours, np.float64), theirs.detach().double().numpy()
+    assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b), f"got {a}, expected {b}"
+
+
+@cache
+def operations() -> tuple[Work, ...]:
+    """Three ways to read 512 MiB, and torch's and jax's product of two matrices, 2048 × 2048 × 2048."""
+    a, b = np.ones(2**27, np.float32), np.ones((2048, 2048), np.float32)
+    sums = a.sum, torch.from_numpy(a).sum, partial(jax.jit(jnp.sum), jnp.asarray(a))
+    return *sums, partial(torch.matmul, *[torch.from_numpy(b)] * 2), partial(jax.jit(jnp.matmul), *[jnp.asarray(b)] * 2)
+
+
+def read_bandwidth() -> float:
+    """GB/s, in whichever way is fastest."""
+    return 2**29 / min(seconds(read) for read in operations()[:3] for _ in range(2)) / 1e9
+
+
+def machine() -> list[float]:
+    """What it can do at this moment: GB/s read, GFLOP/s of torch and of jax."""
+    return [read_bandwidth(), *(2 * 2048**3 / min(seconds(op) for _ in range(4)) / 1e9 for op in operations()[3:])]
+
+
+def others() -> float:
+    """Seconds of all cores spent since they started, but for those of this process and of its children that ended."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]  # the fourth and fifth: idle
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+CHILD = """
+import os, subprocess, sys, time
+begun = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
+os.read(child.stdout.fileno(), 1)
+first = time.perf_counter() - begun
+child.stdout.read()
+_, status, usage = os.wait4(child.pid, 0)
+print(first, time.perf_counter() - begun, usage.ru_maxrss * 1024 / 1e6)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def child(*command: str, **environment: str) -> list[float]:
+    """A process's seconds to its first byte on stdout, seconds to its end, and MB at its peak."""
+    # Linux counts the memory of whoever starts a process as that process's own, so a small one in between starts it.
+    command = sys.executable, "-c", CHILD, *command
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [float(figure) for figure in done.stdout.split()]
+
+
+IMPORT_JAX = partial(child, sys.executable, "-c", "import jax")
+
+
+# ---- The models ------------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """One model twice, ours and transformers', and how each decodes greedily from token 1 on."""
+
+    session: ll.Session
+    oracle: Any
+
+    def ours(self, n: int) -> list[int]:
+        """As `generate` reads them, into a cache for 1024, but for its random draw."""
+        tokens = self.session.rewind([1])
+        for _ in range(n):
+            tokens.append(int(np.asarray(self.session.feed(tokens[-1:])).argmax()))
+        return tokens
+
+    @torch.inference_mode()
+    def theirs(self, n: int) -> list[int]:
+        tokens, past = [1], transformers.DynamicCache()
+        for _ in range(n):
+            out = self.oracle(torch.tensor([tokens[-1:]]), past_key_values=past, use_cache=True)
+            tokens.append(int(out.logits[0, -1].argmax()))
+        return tokens
+
+
+@cache
+def pair(name: str) -> Pair:
+    """SmolLM2 as it is, or random weights of one of llama2.c's shapes."""
+    if name == "SmolLM2":
+        path, auto = ll.default_model(), transformers.AutoModelForCausalLM
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            oracle = auto.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+        return Pair(ll.Session(ll.load(path)), oracle)
+    torch.manual_seed(0)
+    config = replace(ll.CONFIGS[f"stories{name.lower()}"], ctx=4096)  # room for 2048 tokens and the padding behind
+    oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=config.vocab, hidden_size=config.dim, num_hidden_layers=config.layers, head_dim=config.head_dim,
+        num_attention_heads=config.kv_heads * config.q_per_kv, num_key_value_heads=config.kv_heads,
+        intermediate_size=config.hidden_dim, max_position_embeddings=config.ctx, rms_norm_eps=config.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.theta}, tie_word_embeddings=config.tied,
+    )).eval()  # fmt: skip
+    oracle.set_attn_implementation("sdpa")
+    with torch.no_grad():  # run.c ends at token 1: token 2 is to be likelier wherever either is likely
+        oracle.model.embed_tokens.weight[1] = oracle.model.embed_tokens.weight[2] / 2
+    params = ll.from_hf({name: p.detach().numpy() for name, p in oracle.named_parameters()}, config)
+    silent = ll.Tokenizer(lambda text, special: [], [b""] * config.vocab, {}, frozenset(), None, False, b"", None)
+    return Pair(ll.Session(ll.Model(config, params, silent)), oracle)
+
+
+def llama2c(model: ll.Model, n: int, folder: Path) -> Work:
+    """llama2.c's tokens a second, by its own clock, which starts after the first of n + 1."""
+    c, arrays, ctx = model.config, ll.to_llama2c(model.params, model.config), 1024
+    with open(folder / "model.bin", "wb") as file:  # version 0, tied
+        file.write(struct.pack("<7i", c.dim, c.hidden_dim, c.layers, c.kv_heads * c.q_per_kv, c.kv_heads, c.vocab, ctx))
+        for name in list(ll.LLAMA2C.values())[:-1]:
+            for full in dict.fromkeys(name.format(layer) for layer in range(c.layers)):
+                file.write(arrays[full].astype("<f4").tobytes())
+        file.write(bytes(4 * ctx * c.head_dim))  # tables of cosines and sines, which run.c skips
+    (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 1) + c.vocab * struct.pack("<fi1s", 0, 1, b"."))
+    command = [str(LLAMA2_RUN), str(folder / "model.bin"), "-z", str(folder / "tokenizer.bin"), "-t", "0"]
+
+    def run() -> float:
+        environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+        done = subprocess.run([*command, "-n", str(n + 1)], env=environment, capture_output=True, check=True)
+        assert done.stdout.count(b".") == n + 1, done
+        return float(re.findall(rb"achieved tok/s: ([\d.]+)", done.stderr)[0])
+
+    return run
+
+
+# ---- The rows --------------------------------------------------------------------------------------------------------
+
+
+def decode(turns: int, name: str, n: int) -> Iterator[Against]:
+    """Tokens a second: ours, theirs, and as many as the memory could bring the weights for."""
+    both, model = pair(name), pair(name).session.model
+    gigabytes = 4 * ll.count(model.config) / 1e9
+    assert both.ours(8) == both.theirs(8)
+    peers = {"transformers": rate(n, partial(both.theirs, n)), "read bandwidth": lambda: read_bandwidth() / gigabytes}
+    with tempfile.TemporaryDirectory() as folder:
+        if LLAMA2_RUN and name != "SmolLM2":  # whose theta it does not know
+            peers["llama2.c"] = llama2c(model, n, Path(folder))
+        yield from race(turns, "tokens/s", rate(n, partial(both.ours, n)), peers)
+
+
+def decode_rows(turns: int, batch: int, n: int) -> Iterator[Against]:
+    """`llama` mapped over tokens, caches and positions."""
+    both = pair("110M")
+    config, params, _ = both.session.model
+
+    @partial(jax.jit, donate_argnums=2)
+    def step(params: ll.Params, tokens: Any, cache: ll.Caches, start: Any) -> Any:
+        def row(tokens: Any, cache: ll.Caches, start: Any) -> Any:
+            return ll.llama(params, tokens, cache, start, config)
+
+        return jax.vmap(row)(tokens, cache, start)
+
+    room = jax.tree.map(lambda leaf: jnp.stack([leaf] * batch), ll.empty_cache(config, 1024, jnp.float32))
+
+    def together() -> list[int]:
+        nonlocal room
+        tokens, last = [1], np.ones((batch, 1), np.int32)
+        for position in range(n):
+            logits, room = step(params, last, room, np.full(batch, position, np.int32))
+            last = np.asarray(logits).argmax(-1).astype(np.int32)
+            tokens.append(int(last[0, 0]))
+        return tokens
+
+    assert together() == both.ours(n)
+    return race(turns, "tokens/s", rate(batch * n, together), {"one row": rate(n, partial(both.ours, n))})
+
+
+def decode_far(turns: int, name: str) -> Iterator[Against]:
+    """A token at position 64, twenty times over, where most of the cache is empty and where little is."""
+    config, params, _ = pair(name).session.model
+
+    def at(ctx: int) -> Work:
+        cache: ll.Caches = ll.empty_cache(config, ctx, jnp.float32)
+
+        def work() -> None:
+            nonlocal cache
+            for _ in range(20):
+                logits, cache = ll.read(params, np.ones(1, np.int32), cache, np.int32(64), np.int32(0), config)
+                np.asarray(logits).argmax()
+
+        return lambda: 1000 * seconds(work) / 20
+
+    return race(turns, "ms", at(8192), {"ctx 256": at(256)})
+
+
+def prefill(turns: int, name: str, n: int) -> Iterator[Against]:
+    """A prompt to the logits after its last token, as `generate` of either begins."""
+    oracle, tokens = pair(name).oracle, np.random.default_rng(0).integers(3, 32000, n).tolist()
+    session = ll.Session(pair(name).session.model)  # a new one, as its cache may grow
+
+    def ours() -> Any:
+        session.rewind(tokens[:1])
+        return session.feed(tokens)
+
+    @torch.inference_mode()
+    def theirs() -> torch.Tensor:
+        return oracle(torch.tensor([tokens]), use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    same(ours(), theirs())
+    return race(turns, "tokens/s", rate(n, ours), {"transformers": rate(n, theirs)})
+
+
+def gradients(config: ll.Config) -> Any:
+    return jax.jit(jax.value_and_grad(partial(ll.loss, config=config)))
+
+
+def learn(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
+    """The loss and its gradients by all parameters; no step is taken."""
+    (session, oracle), tokens = pair(name), np.random.default_rng(0).integers(3, 32000, (batch, seq), np.int32)
+    targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)  # transformers shifts them itself
+    ours = partial(gradients(session.model.config), session.model.params, tokens, targets)
+    labels, n = torch.tensor(tokens, dtype=torch.long), batch * seq
+
+    def theirs(model: Any) -> torch.Tensor:
+        oracle.zero_grad(set_to_none=True)
+        loss = model(labels, labels=labels, use_cache=False).loss
+        loss.backward()
+        return loss
+
+    loss, slopes = ours()
+    same(loss, theirs(oracle))
+    same(slopes.embed, oracle.model.embed_tokens.weight.grad)
+    peers = {"torch eager": rate(n, partial(theirs, oracle))}
+    if "torch.compile" not in ABSENT:
+        try:
+            same(loss, theirs(compiled := torch.compile(oracle)))
+            peers["torch.compile"] = rate(n, partial(theirs, compiled))
+        except Exception as error:  # its compiler's, of any kind
+            ABSENT["torch.compile"] = " ".join(str(error).split())[:100]
+    return race(turns, "tokens/s", rate(n, ours), peers)
+
+
+def memory(_: int, work: str) -> Iterator[Against]:
+    """What a program needs besides its arguments and results, in its compiler's words. Nothing is run."""
+
+    def temporary(seq: int) -> list[float]:
+        config, scalar = replace(ll.CONFIGS["stories15m"], ctx=seq), jax.ShapeDtypeStruct((), jnp.int32)
+        params, tokens = ll.shapes(config), jax.ShapeDtypeStruct((seq,), jnp.int32)
+        room = jax.eval_shape(partial(ll.empty_cache, config, seq, jnp.float32))
+        prefill = partial(ll.read.lower, params, tokens, room, scalar, scalar, config)
+        lowered = prefill() if work == "prefill" else gradients(config).lower(params, tokens, tokens)
+        analysis = lowered.compile().memory_analysis()
+        assert analysis
+        return [analysis.temp_size_in_bytes / 1e6]
+
+    yield Against("seq 2048", "MB", temporary(4096), temporary(2048))
+
+
+def compiling(turns: int) -> Iterator[Against]:
+    """From Python to a program, with nothing kept from the time before."""
+
+    def deep(layers: int) -> float:
+        config = ll.Config(300, 64, layers, 2, 2, 16, 176, 128, 1e-5, 1e4, None, False)
+        params, tokens = ll.shapes(config), jax.ShapeDtypeStruct((4, 128), jnp.int32)
+        params = params._replace(blocks=jax.eval_shape(ll.stack, params.blocks))
+        jax.clear_caches()
+        return seconds(lambda: gradients(config).lower(params, tokens, tokens).compile())
+
+    return race(turns, "s", partial(deep, 32), {"4 layers": partial(deep, 4)})
+
+
+def chat(turns: int) -> Iterator[Against]:
+    """With an empty compilation cache, then with what that left in it. Memory is less that of an import of jax."""
+    command = [str(Path(sys.executable).with_name("lovely-llama")), "chat", "Why is the sky blue?"]
+    with tempfile.TemporaryDirectory() as folder:
+        caches = np.repeat(np.arange(1 + turns), 2).tolist()  # each is used twice, and empty the first time
+
+        def answer() -> list[float]:
+            return child(*command, "--temperature", "0", "--max-new", "8", XDG_CACHE_HOME=f"{folder}/{caches.pop()}")
+
+        *runs, jaxes = take_turns(turns, answer, answer, IMPORT_JAX)
+    weights = np.full(turns, 4 * ll.count(ll.CONFIGS["smollm2-135m"]) / 1e6)
+    for state, run in zip(("empty", "filled"), runs, strict=True):
+        yield Against(f"first token, cache {state}", "s", run[:, 0])
+        yield Against(f"memory, cache {state}; the weights", "MB", run[:, 2] - jaxes[:, 2], weights)
+
+
+def imports(turns: int) -> Iterator[Against]:
+    ours = partial(child, sys.executable, "-c", "import lovely_llama")
+    yield Against("import jax", "s", *take_turns(turns, ours, IMPORT_JAX)[:, :, 1])
+
+
+# By name: how it is measured, and the floor against each peer. What has none is for the record.
+ROWS: dict[str, tuple[Callable[[int], Iterable[Against]], dict[str, str]]] = {
+    "decode 110M (120 tokens)": (
+        partial(decode, name="110M", n=120), {"transformers": "≥ 1.25 ×", "read bandwidth": "≥ 0.75 ×"}),
+    "decode 15M (200 tokens)": (
+        partial(decode, name="15M", n=200), {"transformers": "≥ 2.0 ×", "read bandwidth": "≥ 0.60 ×"}),
+    "decode SmolLM2 (100 tokens)": (partial(decode, name="SmolLM2", n=100), {"transformers": "≥ 1.5 ×"}),
+    "decode 110M (8 rows at once)": (partial(decode_rows, batch=8, n=40), {"one row": "≥ 3 ×"}),
+    "decode 15M (position 64 of ctx 8192)": (partial(decode_far, name="15M"), {"ctx 256": "≤ 1.1 ×"}),
+    "decode 110M (position 64 of ctx 8192)": (partial(decode_far, name="110M"), {"ctx 256": "≤ 1.1 ×"}),
+    "prefill 15M (256 tokens)": (partial(prefill, name="15M", n=256), {"transformers": "≥ 1.2 ×"}),
+    "prefill 15M (2048 tokens)": (partial(prefill, name="15M", n=2048), {"transformers": "≥ 1.2 ×"}),
+    "prefill 110M (256 tokens)": (partial(prefill, name="110M", n=256), {"transformers": "≥ 1.2 ×"}),
+    "prefill 110M (2048 tokens)": (partial(prefill, name="110M", n=2048), {"transformers": "≥ 1.2 ×"}),
+    "gradients 15M (8×256)": (partial(learn, name="15M", batch=8, seq=256), {"torch eager": "≥ 1.0 ×"}),
+    "gradients 110M (2×256)": (partial(learn, name="110M", batch=2, seq=256), {"torch eager": "≥ 1.0 ×"}),
+    "memory of prefill 15M (seq 4096)": (partial(memory, work="prefill"), {"seq 2048": "≤ 2.1 ×"}),
+    "memory of gradients 15M (seq 4096)": (partial(memory, work="gradients"), {"seq 2048": "≤ 2.1 ×"}),
+    "chat with SmolLM2": (chat, {
+        "first token, cache empty": "≤ 20 s", "memory, cache empty; the weights": "≤ 1.4 ×",
+        "first token, cache filled": "≤ 5 s", "memory, cache filled; the weights": "≤ 1.4 ×"}),
+    "import lovely_llama": (imports, {"import jax": "≤ 0.3 s more"}),
+    "compile gradients (32 layers stacked)": (compiling, {"4 layers": "≤ 1.5 ×"}),
+}  # fmt: skip
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+
+
+def judge(against: Against, floor: str | None) -> dict[str, Any]:
+    """A line in full. Its value is in what its floor is in: a ratio, seconds, or the seconds between the medians."""
+    peer, unit, ours, theirs = against
+    ratios, medians = np.array(ours), [float(np.median(ours))]
+    if theirs is not None:
+        ratios, medians = ratios / np.array(theirs), [*medians, float(np.median(theirs))]
+    low, middle, high = np.percentile(ratios, [25, 50, 75]).tolist()
+    value = medians[0] - medians[1] if floor and floor.endswith("more") else middle
+    sign, limit = floor.split()[:2] if floor else ("≥", "0")
+    met = value >= float(limit) if sign == "≥" else value <= float(limit)
+    line = {"peer": peer, "unit": unit, "medians": medians, "value": value, "spread": (high - low) / middle}
+    return line | {"floor": floor, "met": met, "ours": [*ours], "theirs": theirs if theirs is None else [*theirs]}
+
+
+def markdown(line: Mapping[str, Any]) -> str:
+    def short(x: float) -> str:
+        return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+    ours, *theirs = map(short, line["medians"])
+    cells = [line["work"], f"{ours} {line['unit']}", ": ".join([line["peer"], *theirs]), f"{line['value']:.3g}"]
+    cells += [f"{line['spread']:.0%}", (line["floor"] or "–") + " **missed**" * (not line["met"])]
+    return f"| {' | '.join(cells)} | {' / '.join(map(short, line['machine']))} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("./dev bench", description=__doc__, epilog=f"The rows: {'; '.join(ROWS)}.")
+    parser.add_argument("--only", metavar="NAME,…", default="", help="the rows whose names have one of these in them")
+    parser.add_argument("--runs", metavar="N", type=int, default=7, help="turns that count (default: 7)")
+    parser.add_argument("--compile", action="store_true", help="hold the gradients against torch.compile too")
+    parser.add_argument("--json", action="store_true", help="everything measured, in place of the table")
+    parser.add_argument("--write", action="store_true", help="put the table into README.md, unless the machine is busy")
+    args, readme = parser.parse_args(), README.read_text()
+    chosen = [row for row in ROWS if any(part.lower() in row.lower() for part in args.only.split(","))]
+    if not chosen or args.runs < 1:
+        parser.error(f"--only, --runs: got {args.only}, {args.runs}, expected parts of names of rows, 1 or more")
+    if args.write and (args.runs < 7 or args.only or BEGIN not in readme or END not in readme):
+        parser.error(f"--write: expected all rows, 7 runs at least, and in README.md {BEGIN} … {END}")
+    if LLAMA2_RUN and not os.access(LLAMA2_RUN, os.X_OK):
+        parser.error(f"LLAMA2_RUN: got {LLAMA2_RUN}, expected a program")
+    if args.compile:
+        del ABSENT["torch.compile"]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # jax takes as many threads as there are cores
+    torch.set_num_threads(THREADS)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    machine()  # whose first time is not counted either
+    lines = list[dict[str, Any]]()
+    for row in chosen:
+        measure, floors = ROWS[row]
+        now, begun, used = machine(), time.perf_counter(), others()
+        found = list(measure(args.runs))
+        now.append((others() - used) / (time.perf_counter() - begun))
+        for against in found:
+            lines.append({"work": row, "machine": now, **judge(against, floors.get(against.peer))})
+            print(markdown(lines[-1]), file=sys.stderr)
+    versions = ", ".join(f"{lib.__name__} {lib.__version__}" for lib in (jax, torch, transformers))
+    left_out = "".join(f" Left out: {peer} ({why})." for peer, why in ABSENT.items())
+    note = f"\nMedians of {args.runs} turns in float32 on {THREADS} threads; {versions}.{left_out}"
+    head = "| work | ours | against | value | spread | floor | GB/s / GFLOP/s torch / jax / others' cores |"
+    table = "\n".join([head, "|---" * (head.count("|") - 1) + "|", *map(markdown, lines), note, ""])
+    busy = [f"{line['work']}, {line['peer']}" for line in lines if max(line["spread"], line["machine"][-1]) > BUSY]
+    missed = [f"{line['work']}, {line['peer']}" for line in lines if not line["met"]]
+    print(json.dumps({"lines": lines, "busy": busy, "missed": missed, "absent": ABSENT}) if args.json else table)
+    for what, where in (("The machine is busy: spread or others above 20 % in", busy), ("Floors missed:", missed)):
+        if where:
+            print(what, "; ".join(where), file=sys.stderr)
+    if args.write and not busy:
+        README.write_text(readme[: readme.index(BEGIN) + len(BEGIN)] + f"\n{table}" + readme[readme.index(END) :])
+    return 1 if busy or missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""How far from float64 are float32 and bfloat16, here and in transformers? The README's table.
+
+    ./dev numerics            print it
+    ./dev numerics --write    put it into README.md
+
+test_numerics.py fails when what the README has is not what this makes.
+"""
+
+import argparse
+import textwrap
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+from conftest import random_params
+from jax import Array, vmap
+from jax import numpy as jnp
+from jaxtyping import Float, Int
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+import lovely_llama as ll
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+MARKS = "<!-- numerics -->\n", "<!-- /numerics -->"
+FUNCTIONS = ("rms_norm", "rope", "softmax", "attend", "silu", "swiglu", "attention", "block")
+DEPTHS = {f"{n} layer{'s' if n > 1 else ''}": n for n in (1, 2, 4, 8, 12, 16, 32)}
+SEQ = 300  # more than a block of keys
+# No two sizes are equal, and the heads together are not as wide as dim.
+CONFIG = ll.Config(
+    vocab=151, dim=90, layers=max(DEPTHS.values()), kv_heads=2, q_per_kv=3, head_dim=20, hidden_dim=236, ctx=SEQ,
+    eps=1e-5, theta=5e5, rope_scaling=None, tied=False,
+)  # fmt: skip
+
+
+class Given(NamedTuple):
+    """All that is computed with. A function is given a row for each position, as it is inside a model."""
+
+    params: ll.Params
+    tokens: Int[Array, " seq"]
+    x: Float[Array, "seq dim"]
+    scores: Float[Array, "seq seq"]
+    q: Float[Array, "seq head_dim"]
+    keys: Float[Array, "seq head_dim"]
+    values: Float[Array, "seq head_dim"]
+
+
+def draw(dtype: str) -> Given:
+    """Numbers at random, rounded to a type here and then never again, so that what differs later is arithmetic."""
+    rng = np.random.default_rng(0)
+    tokens = jnp.array(rng.integers(CONFIG.vocab, size=SEQ, dtype=np.int32))
+    widths = CONFIG.dim, SEQ, *[CONFIG.head_dim] * 3
+    vectors = [jnp.array(rng.standard_normal((SEQ, width)), dtype) for width in widths]
+    return Given(random_params(CONFIG, dtype=dtype), tokens, *vectors)
+
+
+def widen(given: Given) -> Given:
+    """The same numbers in float64."""
+    return jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, given)
+
+
+# ---- Here ------------------------------------------------------------------------------------------------------------
+
+
+def ours(given: Given) -> dict[str, Array]:
+    """Every row of the table, in the type of what is given. A model is the first so many of the same layers."""
+    after = [given.params.embed[given.tokens]]
+    for w in given.params.blocks:
+        after.append(block(w, after[-1]))
+    models = {row: readout(given.params, after[depth]) for row, depth in DEPTHS.items()}
+    return {**functions(given), "block": block(given.params.blocks[0], given.x), **models}
+
+
+@jax.jit
+def functions(given: Given) -> dict[str, Array]:
+    x, q = given.x, given.q
+    w: Any = given.params.blocks[0]
+    positions, angles, cache = places(x.dtype)
+    return {
+        "rms_norm": vmap(lambda x: ll.rms_norm(x, w.attn_norm, CONFIG.eps))(x),
+        "rope": vmap(ll.rope)(q, angles),
+        "softmax": vmap(ll.softmax)(given.scores),
+        "attend": vmap(lambda q, position: ll.attend(q, given.keys, given.values, position))(q, positions),
+        "silu": vmap(ll.silu)(x),
+        "swiglu": vmap(lambda x: ll.swiglu(x, *w.ffn))(x),
+        "attention": ll.attention(w.attn, x, angles, cache, 0, CONFIG)[0],
+    }
+
+
+@jax.jit  # by itself, so that it is compiled once for all layers
+def block(w: ll.Block, x: Array) -> Array:
+    _, angles, cache = places(x.dtype)
+    return ll.block(w, x, angles, cache, 0, CONFIG)[0]
+
+
+@jax.jit
+def readout(params: ll.Params, x: Array) -> Array:
+    return vmap(lambda x: ll.readout(params, x, CONFIG))(x)
+
+
+def places(dtype: Any) -> tuple[Array, Array, ll.Cache]:
+    """The positions, how far pairs have turned there, and an empty cache."""
+    positions = jnp.arange(SEQ)
+    return positions, vmap(partial(ll.rope_angles, config=CONFIG))(positions), ll.empty_cache(CONFIG, SEQ, dtype)[0]
+
+
+# ---- In transformers -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def theirs(given: Given, dtype: torch.dtype) -> dict[str, Any]:
+    """The same rows but for `softmax`, which transformers has no function for."""
+
+    def across(array: Any) -> torch.Tensor:
+        return torch.tensor(np.asarray(array, np.float64), dtype=dtype)
+
+    hf = LlamaConfig(
+        vocab_size=CONFIG.vocab, hidden_size=CONFIG.dim, num_hidden_layers=CONFIG.layers, head_dim=CONFIG.head_dim,
+        num_attention_heads=CONFIG.kv_heads * CONFIG.q_per_kv, num_key_value_heads=CONFIG.kv_heads,
+        intermediate_size=CONFIG.hidden_dim, max_position_embeddings=CONFIG.ctx, rms_norm_eps=CONFIG.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": CONFIG.theta}, tie_word_embeddings=CONFIG.tied,
+    )  # fmt: skip
+    # Made in this type, not moved to it: a move would round the rotary frequencies too.
+    model: Any = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation="eager").eval()
+    model.load_state_dict({name: across(array) for name, array in ll.to_hf(given.params, CONFIG).items()})
+
+    def logits(depth: int) -> torch.Tensor:
+        model.config.num_hidden_layers = depth  # it goes through as many as this says
+        return model(torch.tensor(np.asarray(given.tokens))[None]).logits
+
+    x, _, q, keys, values = (across(a)[None] for a in given[2:])
+    layer, turns = model.model.layers[0], model.model.rotary_emb(x, torch.arange(SEQ)[None])
+    mask = torch.full((SEQ, SEQ), -torch.inf, dtype=dtype).triu(1)
+    halves = torch.cat([q[..., 0::2], q[..., 1::2]], dim=-1)[None]
+    turned, _ = apply_rotary_pos_emb(halves, halves, *turns)
+    scaling = layer.self_attn.scaling
+    averages, _ = eager_attention_forward(layer.self_attn, q[None], keys[None], values[None], mask, scaling)
+    rows = {
+        "rms_norm": layer.input_layernorm(x),
+        "rope": torch.stack(turned[0].chunk(2, dim=-1), dim=-1).flatten(-2),
+        "attend": averages[:, :, 0],
+        "silu": layer.mlp.act_fn(x),
+        "swiglu": layer.mlp(x),
+        "attention": layer.self_attn(x, turns, mask)[0],
+        "block": layer(x, mask, position_embeddings=turns),
+    } | {row: logits(depth) for row, depth in DEPTHS.items()}
+    return {name: result[0].double().numpy() for name, result in rows.items()}
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+BELOW = f"""
+A figure is ‖a − b‖ / ‖b‖: a is what a function makes of {SEQ} rows, or a model's logits for {SEQ} tokens, and b is what
+`lovely_llama.py` makes of the very same numbers in float64. Weights and inputs are rounded to float32 or bfloat16
+before either begins, so that a figure is of the arithmetic alone. dim is {CONFIG.dim}, hidden_dim {CONFIG.hidden_dim},
+and {CONFIG.kv_heads} × {CONFIG.q_per_kv} heads have a head_dim of {CONFIG.head_dim}; matrices are random and keep a
+vector's size, gains are 1 ± ½. All ran on a CPU, ours jitted, transformers with eager attention; it has no function for
+softmax alone.
+"""
+
+
+def errors() -> dict[str, dict[str, float]]:
+    """‖a − b‖ / ‖b‖ in each column and row, b being what float64 makes of the same numbers."""
+    columns = dict[str, dict[str, float]]()
+    for name in ("float32", "bfloat16"):
+        given = draw(name)
+        with jax.enable_x64(True):
+            exact = {row: np.asarray(b) for row, b in ours(widen(given)).items()}
+        for column, rows in ((name, ours(given)), (f"transformers, {name}", theirs(given, getattr(torch, name)))):
+            columns[column] = {row: error(a, exact[row]) for row, a in rows.items()}
+    return columns
+
+
+def error(got: Any, want: Any) -> float:
+    assert got.shape == want.shape
+    return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """The errors in Markdown, and how they came about."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for row in (*FUNCTIONS, *DEPTHS):
+        cells = [f"{column[row]:.1e}" if row in column else "–" for column in columns.values()]
+        lines.append(" | ".join([f"| `{row}`" if row in FUNCTIONS else f"| {row}", *cells]) + " |")
+    return "\n".join([*lines, "", textwrap.fill(" ".join(BELOW.split()), 120), ""])
+
+
+def split(readme: str) -> tuple[str, str, str]:
+    """What is before the table, the table, and what is after it."""
+    before, rest = readme.split(MARKS[0])
+    written, after = rest.split(MARKS[1])
+    return before + MARKS[0], written, MARKS[1] + after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="./dev numerics", description="How far from float64 all is.")
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    write, text = parser.parse_args().write, table(errors())
+    print(text, end="")
+    if write:
+        before, _, after = split(README.read_text())
+        README.write_text(before + text + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The parameters that training starts from, and the empty cache."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, jit
+from jax import numpy as jnp
+
+from lovely_llama import Config, Params, empty_cache, init, stack
+
+# Large enough that every matrix has more than 10,000 entries.
+LARGE = Config(150, 192, 3, 2, 4, 40, 130, 32, 1e-5, 1e4, None, False)
+start = jit(init, static_argnames="config")
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return start(jax.random.key(0), LARGE)
+
+
+def leaves(params: Params) -> list[tuple[str, str, Any]]:
+    """Where each parameter is, its field, and its values."""
+    found = jax.tree.leaves_with_path(params)
+    return [(jax.tree_util.keystr(path), path[-1].name, np.asarray(leaf, np.float64)) for path, leaf in found]
+
+
+def test_spread(params: Params) -> None:
+    """σ = 0.02, and what adds to the residual stream 0.02 / √(2 layers), to within what chance allows."""
+    for where, field, leaf in leaves(params):
+        if "norm" in field:
+            assert (leaf == 1).all(), where
+            continue
+        sigma = 0.02 / math.sqrt(2 * LARGE.layers) if field in ("o", "down") else 0.02
+        assert leaf.size > 10_000
+        assert abs(leaf.std() / sigma - 1) < 4 / math.sqrt(2 * leaf.size), where
+        assert abs(leaf.mean() / sigma) < 4 / math.sqrt(leaf.size), where
+
+
+def test_every_draw_is_its_own(params: Params) -> None:
+    drawn = [
+        (where, leaf.ravel()[:10_000] / leaf.std()) for where, field, leaf in leaves(params) if "norm" not in field
+    ]
+    for (where, a), (elsewhere, b) in combinations(drawn, 2):
+        assert abs(np.mean(a * b)) < 0.06, f"{where} and {elsewhere} are alike"
+
+
+def test_a_key_says_all(params: Params) -> None:
+    again, other = start(jax.random.key(0), LARGE), start(jax.random.key(1), LARGE)
+    for (where, field, a), (_, _, b), (_, _, c) in zip(*map(leaves, (params, again, other)), strict=True):
+        assert (a == b).all(), where
+        assert "norm" in field or (a != c).mean() > 0.99, where
+
+
+def test_a_tied_model_has_one_embedding() -> None:
+    tied = jax.eval_shape(partial(init, config=replace(LARGE, tied=True)), jax.random.key(0))
+    assert tied.unembed is None
+    assert len(jax.tree.leaves(tied)) == 2 + 9 * LARGE.layers
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_empty_cache(dtype: Any) -> None:
+    cache = empty_cache(SMALL, 17, dtype)
+    assert len(cache) == SMALL.layers
+    for rows in jax.tree.leaves(cache):
+        assert rows.shape == (SMALL.kv_heads, 17, SMALL.head_dim) and rows.dtype == dtype and not rows.any()
+    assert stack(cache).keys.shape == (SMALL.layers, SMALL.kv_heads, 17, SMALL.head_dim)

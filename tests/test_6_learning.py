@@ -1,0 +1,74 @@
+"""The loss: against the formula in float64, and its derivative against differences."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from conftest import SMALL, assert_close, jit, random_params
+from jax import numpy as jnp
+from jax.test_util import check_grads
+
+from lovely_llama import Params, logits, loss
+
+PARAMS = random_params(SMALL)
+TOKENS = np.array([[3, 28, 0, 17, 3], [9, 21, 11, 5, 5], [1, 2, 3, 4, 5]], np.int32)
+TARGETS = np.array([[28, 0, 17, -1, 28], [-1, -1, 5, 5, 9], [0, -1, -1, -1, -1]], np.int32)
+loss_of = jit(partial(loss, config=SMALL))
+
+
+def plain_loss(params: Params, tokens: np.ndarray, targets: np.ndarray) -> np.floating:
+    """Cross-entropy from the logits on, in numpy and float64."""
+    surprises = list[float]()
+    for row, row_targets in zip(tokens, targets, strict=True):
+        scores = np.asarray(jit(partial(logits, config=SMALL))(params, row), np.float64)
+        for answer, target in zip(scores, row_targets, strict=True):
+            if target != -1:
+                surprises.append(np.logaddexp.reduce(answer) - answer[target])
+    return np.mean(surprises)
+
+
+def test_formula() -> None:
+    """The mean is over the targets that count, not over rows: those have 4, 3 and 1 of them."""
+    assert_close(loss_of(PARAMS, TOKENS, TARGETS), plain_loss(PARAMS, TOKENS, TARGETS), 1e-6)
+
+
+def test_batches_of_any_shape() -> None:
+    flat = loss_of(PARAMS, TOKENS, TARGETS)
+    assert flat.shape == () and flat.dtype == jnp.float32
+    assert_close(loss_of(PARAMS, TOKENS[:, None], TARGETS[:, None]), flat, 1e-6)
+    assert_close(loss_of(PARAMS, TOKENS[0], TARGETS[0]), plain_loss(PARAMS, TOKENS[:1], TARGETS[:1]), 1e-6)
+
+
+def test_ignored_targets_leave_no_trace() -> None:
+    """Neither in the loss nor in a gradient: the last four tokens of the last row might be any others."""
+    value_and_grad = jit(jax.value_and_grad(partial(loss, config=SMALL)))
+    other = TOKENS.copy()
+    other[2, 1:] = [28, 27, 26, 25]
+    value, grads = value_and_grad(PARAMS, TOKENS, TARGETS)
+    other_value, other_grads = value_and_grad(PARAMS, other, TARGETS)
+    assert value == other_value
+    assert_close(other_grads, grads, 1e-6)
+    nothing, no_grads = value_and_grad(PARAMS, TOKENS, np.full_like(TARGETS, -1))
+    assert nothing == 0 and not any(grad.any() for grad in jax.tree.leaves(no_grads))
+
+
+def test_loss_is_float32_at_least() -> None:
+    params = random_params(SMALL, dtype=jnp.bfloat16)
+    got = loss_of(params, TOKENS, TARGETS)
+    assert got.dtype == jnp.float32
+    assert_close(got, plain_loss(params, TOKENS, TARGETS), 1e-4)
+
+
+def test_far_out() -> None:
+    """Logits of thousands: no exponential overflows, and the gradient is that of the likeliest."""
+    loud = PARAMS._replace(norm=1e4 * PARAMS.norm)
+    value, grads = jit(jax.value_and_grad(partial(loss, config=SMALL)))(loud, TOKENS, TARGETS)
+    assert_close(value, plain_loss(loud, TOKENS, TARGETS), 1e-6)
+    assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
+
+
+def test_gradient_is_the_derivative(x64: None) -> None:
+    """Reverse mode against central differences, along a random direction in all parameters at once."""
+    params = random_params(SMALL, dtype=jnp.float64)
+    loss_at = jax.jit(lambda params: loss(params, jnp.array(TOKENS), jnp.array(TARGETS), SMALL))
+    check_grads(loss_at, (params,), order=1, modes=["rev"], rtol=1e-7, atol=1e-9)
