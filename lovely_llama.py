@@ -163,11 +163,11 @@ def rope_frequencies(config: Config) -> Float[Array, " pairs"]:
     Su et al. 2021, arXiv:2104.09864, eq. (15); linear: Chen et al. 2023, arXiv:2306.15595, eq. (4); llama3: Meta's code
     for Llama 3.1; yarn: Peng et al. 2023, arXiv:2309.00071, §3.2, with the ramp κ over i, as in the authors' code.
     """
-    i, scaling = jnp.arange(config.head_dim // 2), config.rope_scaling
+    i, scaling = np.arange(config.head_dim // 2), config.rope_scaling
     f = 1 / config.theta ** (2 * i / config.head_dim)
     if scaling is None:
-        return f
-    kept = jnp.zeros_like(f)
+        return jnp.asarray(f)
+    kept = np.zeros_like(f)
     if scaling.kind == "llama3":
         kept = (scaling.original_ctx * f / (2 * math.pi) - scaling.low) / (scaling.high - scaling.low)
     if scaling.kind == "yarn":
@@ -175,8 +175,8 @@ def rope_frequencies(config: Config) -> Float[Array, " pairs"]:
         fast, slow = (config.head_dim * math.log(r) / (2 * math.log(config.theta)) for r in turned)
         first, last = max(math.floor(fast), 0), min(math.ceil(slow), config.head_dim - 1)
         kept = 1 - (i - first) / max(last - first, 1e-3)
-    kept = jnp.clip(kept, 0, 1)
-    return kept * f + (1 - kept) * (f / scaling.factor)
+    kept = np.clip(kept, 0, 1)
+    return jnp.asarray(kept * f + (1 - kept) * (f / scaling.factor))
 
 
 def rope_angles(position: Int[Array, ""], config: Config) -> Float[Array, " pairs"]:
@@ -512,7 +512,7 @@ class Sampling:
         penalty, k = self.repetition_penalty, self.top_k
         check("repetition_penalty", penalty, 0 < penalty < math.inf, "a finite number above 0")
         check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a finite number from 0 on")
-        check("top_k", k, k is None or 1 <= k <= vocab, f"a whole number from 1 to {vocab}")
+        check("top_k", k, k is None or (type(k) is int and 1 <= k <= vocab), f"a whole number from 1 to {vocab}")
         check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, at most 1")
         check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
 
@@ -523,9 +523,9 @@ def choose(
     sampling: Sampling,
 ) -> tuple[Int[Array, ""], Bool[Array, " vocab"]]:  # fmt: skip
     """Draw the token for a position, and note that it was seen; −1 where the logits are not all finite, or overflow."""
-    scores = sampling(logits, seen)
-    token = jax.random.categorical(jax.random.fold_in(rng, position), scores)
-    token = jnp.where(jnp.isfinite(logits).all() & ~jnp.isnan(scores).any(), token, -1)
+    token = jax.random.categorical(jax.random.fold_in(rng, position), sampling(logits, seen))
+    finite = jnp.isfinite(repetition_penalty(wide(logits), seen, sampling.repetition_penalty)).all()
+    token = jnp.where(finite, token, -1)
     return token, seen.at[token].set(True, mode="drop")
 
 
@@ -659,6 +659,7 @@ def generate(
     """
     config, tokenizer = model.config, model.tokenizer
     if isinstance(prompt, str):
+        check_text("prompt", prompt)
         # No token is longer than the longest piece: a text far too long is known before it is cut.
         short = len(prompt) <= config.ctx * max(map(len, tokenizer.pieces))
         check("prompt", f"{len(prompt)} characters", short, f"at most {config.ctx} tokens")
@@ -667,9 +668,16 @@ def generate(
     sampling = sampling or Sampling()
     sampling.check(config.vocab)
     max_new = config.ctx if max_new is None else max_new
-    check("max_new", max_new, 0 <= max_new <= config.ctx, f"a whole number from 0 to {config.ctx}")
-    check("seed", seed, 0 <= seed < 2**32, "a whole number from 0 to 4294967295")
-    check("stop", stop, all(stop), "no empty text")
+    check(
+        "max_new",
+        max_new,
+        type(max_new) is int and 0 <= max_new <= config.ctx,
+        f"a whole number from 0 to {config.ctx}",
+    )
+    check("seed", seed, type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to 4294967295")
+    for text in stop:
+        check("stop", "an empty text", bool(text), "a text")
+        check_text("stop", text)
     return Generation(session or Session(model), tokens, max_new, sampling, seed, stop)
 
 
@@ -707,6 +715,8 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
     def refuse(message: str) -> None:
         raise LlamaError("model", "chat_template", f"{message!r}", "a conversation that its template takes")
 
+    for message in messages:
+        check_text("message", message["content"])
     names = {token: name for name, token in tokenizer.specials.items()}
     environment = jinja2.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     values = {"add_generation_prompt": True, "raise_exception": refuse, "bos_token": names.get(tokenizer.bos or 0, "")}
@@ -727,6 +737,8 @@ def sentencepiece_tokenizer(path: Path) -> Tokenizer:
     def piece(i: int) -> bytes:
         if model.is_control(i):
             return b""
+        if model.is_unknown(i):
+            return model.decode([i]).encode()
         text: str = model.id_to_piece(i)
         return bytes([int(text[3:5], 16)]) if model.is_byte(i) else text.replace("▁", " ").encode()
 
@@ -735,7 +747,12 @@ def sentencepiece_tokenizer(path: Path) -> Tokenizer:
     bos, eos = model.bos_id(), model.eos_id()
     specials = {model.id_to_piece(i): i for i in (bos, eos) if i >= 0}
     stops, begin = frozenset({eos} - {-1}), bos if bos >= 0 else None
-    return Tokenizer(lambda text, _: model.encode(text), pieces, specials, stops, begin, True, b" ", None)
+
+    def encode(text: str, special: bool) -> list[int]:
+        check_text("text", text)
+        return model.encode(text)
+
+    return Tokenizer(encode, pieces, specials, stops, begin, True, b" ", None)
 
 
 def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokenizer:
@@ -798,7 +815,12 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
     bpe.pre_tokenizer = lib.pre_tokenizers.Sequence([digits, lib.pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.add_special_tokens(list(specials))
 
+    spelt = {byte_of[name] for name in names if name in byte_of}
+
     def encode(text: str, special: bool) -> list[int]:
+        check_text("text", text)
+        unspelt = sorted({*text.encode()} - spelt)
+        check("text", f"bytes {unspelt}", not unspelt, "bytes that the vocabulary has")
         bpe.encode_special_tokens = not special
         return bpe.encode(text).ids
 
@@ -854,7 +876,10 @@ def check_config(config: Config, file: object = "config") -> None:
 
 def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments") -> Int[np.ndarray, " seq"]:
     """Refuse ids outside the vocabulary, none at all, or too many: inside `jit` all three would pass in silence."""
-    ids = np.asarray(tokens)
+    try:
+        ids = np.asarray(tokens)
+    except ValueError as error:
+        raise LlamaError(file, "tokens", "rows of several lengths", "integers in a row") from error
     check("tokens", f"{ids.size} of them", 0 < ids.size <= limit, f"1 to {limit}", file)
     check(
         "tokens", f"{ids.dtype}, {ids.ndim} axes", ids.ndim == 1 and ids.dtype.kind in "iu", "integers in a row", file
@@ -862,6 +887,11 @@ def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments"
     wrong = ids[(ids < 0) | (ids >= vocab)]
     check("tokens", wrong[:1], not wrong.size, f"ids from 0 to {vocab - 1}", file)
     return ids.astype(np.int32)
+
+
+def check_text(field: str, text: str) -> None:
+    """Refuse halves of surrogate pairs: what bytes that are not UTF-8 become in a command's arguments."""
+    check(field, "bytes that are not UTF-8", not re.search("[\ud800-\udfff]", text), "text")
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: object) -> None:
@@ -994,8 +1024,8 @@ def rope_scaling(fields: Mapping[str, Any], file: object) -> RopeScaling | None:
 
 def open_file(path: Path) -> BinaryIO:
     """Open a regular file; what else a name can stand for might never end, or never begin."""
-    check("path", "no regular file", path.is_file(), "one", path)
     try:
+        check("path", "no regular file", path.is_file(), "one", path)
         return open(path, "rb")
     except OSError as error:
         raise LlamaError(path, "path", error.strerror, "a file that can be read") from error
@@ -1073,6 +1103,7 @@ def load_llama2c(file: BinaryIO, path: Path) -> Model:
         file.seek(places[name])
         return finite(np.fromfile(file, "<f4", math.prod(expected[name])), name, path)
 
+    tokenizer = tokenizer._replace(pieces=[*tokenizer.pieces, *[b""] * (config.vocab - pieces)])
     return Model(config, from_named(LLAMA2C, get, config), tokenizer)
 
 
@@ -1245,11 +1276,13 @@ def whole(text: str) -> int:
 
 def arguments() -> Arguments:
     """What can be said on the command line."""
-    parser = Arguments(prog="lovely-llama", description="Llama, as mathematics: talk to a real one.")
+    parser = Arguments(
+        prog="lovely-llama", allow_abbrev=False, description="Llama, as mathematics: talk to a real one."
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Arguments)
     for name, what in (("chat", "answer PROMPT, or hold a conversation"), ("generate", "continue PROMPT")):
-        command = commands.add_parser(name, help=what, description=what + ".")
+        command = commands.add_parser(name, help=what, description=what + ".", allow_abbrev=False)
         command.add_argument("prompt", metavar="PROMPT", nargs="?" if name == "chat" else None)
         option = partial(command.add_argument, default=None)
         option("--model", type=Path, metavar="PATH", help="a .gguf, or llama2.c's .bin (default: SmolLM2)")
@@ -1261,7 +1294,8 @@ def arguments() -> Arguments:
         option("--repetition-penalty", type=number, metavar="R", help="divide the logits of what was there by R")
         option("--seed", type=whole, metavar="N", help="the same text again (default: another each time)")
         option("--stop", action="append", metavar="TEXT", help="end before TEXT; may be given more than once")
-        option("--system", metavar="TEXT", help="what the conversation is told first")
+        if name == "chat":
+            option("--system", metavar="TEXT", help="what the conversation is told first")
     return parser
 
 
@@ -1285,8 +1319,7 @@ def say(generation: Generation) -> str:
 def talk(args: argparse.Namespace) -> None:
     """`chat` and `generate`."""
     for field in ("prompt", "system"):
-        text = getattr(args, field) or ""
-        check(field, "bytes that are not UTF-8", text.encode("utf-8", "replace").decode() == text, "text")
+        check_text(field, getattr(args, field, None) or "")
     names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
     sampling = Sampling(**{name: value for name in names if (value := getattr(args, name)) is not None})
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
@@ -1311,6 +1344,8 @@ def lines() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise LlamaError("stdin", "line", "bytes that are not UTF-8", "text") from error
         if line.strip() == "/bye":
             return
         if line.strip():
@@ -1326,6 +1361,7 @@ def end_on_interrupt() -> None:
 
     listen, tell = os.pipe()
     os.set_blocking(tell, False)
+    signal.signal(signal.SIGINT, lambda *_: None)
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     terminal = termios.tcgetattr(0) if os.isatty(0) else None
 
@@ -1347,10 +1383,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         talk(arguments().parse_args(argv))
     except BrokenPipeError:  # whoever reads the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (LlamaError, OSError, ArithmeticError) as error:
+    except Exception as error:
         if "--debug" in argv:
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        known = isinstance(error, LlamaError | OSError | ArithmeticError)
+        said = str(error) if known else f"{type(error).__name__}: {error}"
+        print("error: " + " ".join(said.split()), file=sys.stderr)
         return 2 if isinstance(error, LlamaError) else 1
     return 0
 
@@ -1358,7 +1396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run() -> int:
     """`main` as a process: Ctrl-C ends it, compiled programs are kept, what a stream cannot show is escaped."""
     end_on_interrupt()
-    for stream in cast(Any, (sys.stdout, sys.stderr)):
+    for stream in filter(None, cast(Any, (sys.stdout, sys.stderr))):  # None: closed
         stream.reconfigure(errors="backslashreplace")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lovely-llama"
     jax.config.update("jax_compilation_cache_dir", str(folder))

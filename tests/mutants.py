@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant("penalty rewards negative logits", 7, "logits / penalty, logits * penalty)", "logits / penalty, logits / penalty)"),
     Mutant("every position draws alike", 7, "jax.random.fold_in(rng, position)", "rng"),
     Mutant("what was seen is forgotten", 7, 'seen.at[token].set(True, mode="drop")', "seen"),
-    Mutant("NaN passes", 7, "jnp.isfinite(logits).all() & ~jnp.isnan(scores).any()", "True"),
+    Mutant("NaN passes", 7, "jnp.where(finite, token, -1)", "token"),
     Mutant("the stop text is shown", 7, "held[: min(ends)]", "held"),
     Mutant("the cache is not moved when it grows", 7, "if self.cache:", "if not self.room:"),
 ]  # fmt: skip

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
-import lovely_llama as ll
 import pytest
 from test_9_checkpoints import write_talker
+
+import lovely_llama as ll
 
 PROGRAM = Path(sys.executable).with_name("lovely-llama")
 SPEEDS = r"prompt \d+ tokens, [\d.]+/s; new (\d+), [\d.]+/s; (ended|cut at --max-new|cut where the context ends)"

@@ -66,7 +66,7 @@ def theirs() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=29, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, attn_implementation="eager",
+        num_key_value_heads=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -92,7 +92,9 @@ def late(tokens: Any, cache: Any) -> tuple[Any, Any]:
 
 def crossed(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
     """The query heads of one group asking the keys of the one below."""
-    blocks = [w._replace(attn=w.attn._replace(k=jnp.roll(w.attn.k, config.q_per_kv // 4, 0))) for w in params.blocks]
+    assert not isinstance(params.blocks, ll.Block)
+    shift = config.q_per_kv // 4
+    blocks = [w._replace(attn=w.attn._replace(k=jnp.roll(w.attn.k, shift, 0))) for w in params.blocks]
     return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, Recording, assert_close, jit, random_params
+from conftest import SMALL, Recording, assert_close, jit, layers_of, random_params
 from jax import numpy as jnp
 from jax import vmap
 
@@ -62,7 +62,7 @@ def recorded_block(args: Mapping[str, Any], prefix: str, config: Config) -> Bloc
     """A block of the recorded arguments, by way of the loader, which wants the rest of a model too."""
     rest = {name: np.zeros(shape, np.float32) for name, shape in all_tensors(LLAMA2C, config).items()}
     given = {f"{prefix}{name}": weight for name, weight in args.items() if name != "x"}
-    return from_llama2c(rest | given, config).blocks[0]
+    return layers_of(from_llama2c(rest | given, config))[0]
 
 
 def recorded_attention(args: Mapping[str, Any], config: Config) -> dict[str, jax.Array]:
@@ -191,7 +191,7 @@ def test_stacked_layers_are_the_same_layers() -> None:
 
 
 def test_compiled_is_the_same() -> None:
-    config, params = replace(SMALL, layers=1), PARAMS._replace(blocks=PARAMS.blocks[:1])
+    config, params = replace(SMALL, layers=1), PARAMS._replace(blocks=layers_of(PARAMS)[:1])
     compiled = jax.jit(logits, static_argnames="config")
     assert_close(compiled(params, TOKENS, config), logits(params, TOKENS, config), 1e-5)
 
@@ -212,7 +212,7 @@ def test_grouped_queries_are_repeated_keys() -> None:
         return w._replace(attn=Attention(q, k, v, o))
 
     ungrouped = replace(SMALL, kv_heads=SMALL.kv_heads * SMALL.q_per_kv, q_per_kv=1)
-    params = PARAMS._replace(blocks=tuple(map(ungroup, PARAMS.blocks)))
+    params = PARAMS._replace(blocks=tuple(map(ungroup, layers_of(PARAMS))))
     assert_close(whole(params, TOKENS, ungrouped), whole(PARAMS, TOKENS, SMALL), 1e-5)
 
 
@@ -220,7 +220,7 @@ def test_a_head_is_heard_in_its_group_alone() -> None:
     """With W_O the identity the outputs are the heads, group by group."""
     kv_heads, q_per_kv, head_dim = SMALL.kv_heads, SMALL.q_per_kv, SMALL.head_dim
     config = replace(SMALL, layers=1, dim=kv_heads * q_per_kv * head_dim)
-    w = random_params(config).blocks[0].attn
+    w = layers_of(random_params(config))[0].attn
     w = w._replace(o=jnp.eye(config.dim).reshape(w.o.shape))
     x = jnp.array(np.random.default_rng(0).standard_normal((len(TOKENS), config.dim)), jnp.float32)
 
@@ -267,7 +267,7 @@ def test_every_number_of_the_config_is_used(name: str) -> None:
     def far(config: Config) -> np.ndarray:
         config = replace(config, layers=1)
         cache = jax.tree.map(lambda leaf: 0.1 * leaf, used_cache(config, 501))
-        params = PARAMS._replace(blocks=PARAMS.blocks[:1])
+        params = PARAMS._replace(blocks=layers_of(PARAMS)[:1])
         return np.asarray(run(params, TOKENS[:1], cache, 500, config)[0], np.float64)
 
     change = np.linalg.norm(far(OTHERS[name]) - far(SMALL)) / np.linalg.norm(far(SMALL))
@@ -279,7 +279,7 @@ def test_yarn_sharpens_the_scores() -> None:
     plain = RopeScaling("yarn", 3.0, 40, low=1.0, high=4.0)
     sharp = plain._replace(attention_factor=1.3)
     sharper_q = PARAMS._replace(
-        blocks=tuple(w._replace(attn=w.attn._replace(q=1.3**2 * w.attn.q)) for w in PARAMS.blocks)
+        blocks=tuple(w._replace(attn=w.attn._replace(q=1.3**2 * w.attn.q)) for w in layers_of(PARAMS))
     )
     want = whole(sharper_q, TOKENS, replace(SMALL, rope_scaling=plain))
     assert_close(whole(PARAMS, TOKENS, replace(SMALL, rope_scaling=sharp)), want, 1e-5)

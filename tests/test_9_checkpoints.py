@@ -1,4 +1,4 @@
-"""Part 9, checkpoints: what is read is what was written, bit for bit, and what no Llama could have written is refused."""
+"""Part 9, checkpoints: what is read is what was written, bit for bit; what no Llama has written is refused."""
 
 import functools
 import math
@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import gguf
 import jax
-import lovely_llama as ll
 import numpy as np
 import pytest
 import sentencepiece
 from conftest import LLAMA2_C, SMALL, assert_close, random_params, read_recording
 from jax import numpy as jnp
+
+import lovely_llama as ll
 
 Arrays = dict[str, "np.ndarray[tuple[int, ...], Any]"]
 
@@ -286,7 +287,7 @@ def test_what_is_no_llama2c_file_is_refused(
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_llama2c_versions_that_cannot_be_read_are_named(llama2c: Path, version: int) -> None:
-    with pytest.raises(ll.LlamaError, match="llama2.c version 1 or 2"):
+    with pytest.raises(ll.LlamaError, match=r"llama2\.c version 1 or 2"):
         ll.load(llama2c / f"tied.v{version}.bin")
 
 
@@ -662,7 +663,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 
 
 def refused(path: Path, data: bytes, field: str) -> ll.LlamaError:
-    """A file is refused: at once, without memory for what it claims to hold, in one line with its name and the field."""
+    """A file is refused: at once, without memory for what it claims to hold, in one line with name and field."""
     path.write_bytes(data)
     tracemalloc.start()
     began = time.perf_counter()

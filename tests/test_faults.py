@@ -25,20 +25,20 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-import lovely_llama
 import numpy as np
 import pytest
 from conftest import SMALL, assert_close, random_params
 from jax import numpy as jnp
 from test_9_checkpoints import (
     TINY,
+    TOKENS,
     File,
     Tensor,
     tiny_arrays,
@@ -47,6 +47,8 @@ from test_9_checkpoints import (
     write_sentencepiece,
     write_talker,
 )
+
+import lovely_llama
 
 
 def as_users_have_it() -> ModuleType:
@@ -80,6 +82,7 @@ class World:
     endless: Path  # says them for longer
     french: Path  # says é
     deleted: dict[str, str] = field(default_factory=dict[str, str])
+    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list["subprocess.Popen[bytes]"])
 
     @functools.cached_property
     def model(self) -> Any:
@@ -118,10 +121,20 @@ class World:
             code,
             *(a if isinstance(a, bytes) else str(a) for a in arguments),
         ]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": here} | environment,
         )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def end(self) -> None:
+        """Leave none behind."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            for pipe in filter(None, (process.stdout, process.stderr)):
+                pipe.close()
 
 
 # How a guard is deleted, here and in a process: another value, as an expression, in the place of a dotted name.
@@ -162,7 +175,7 @@ def refused(act: Callable[[World], Any], field: str, says: str = "", seconds: fl
         finally:
             tracemalloc.stop()
         error: Any = caught.value
-        assert isinstance(error, ValueError)
+        assert issubclass(caught.type, ValueError)
         assert error.field == field
         assert str(error).startswith(f"{error.file}: {field}: got ")
         assert re.search(says, str(error))
@@ -442,7 +455,7 @@ def loss_in_bfloat16(world: World) -> None:
     surprise = np.log(np.exp(scores).sum(-1))[:-1] - scores[at, tokens[1:]]
     targets = jnp.array([*tokens[1:].tolist(), -1])
     loss = jax.jit(lambda: ll.loss(params, tokens, targets, TINY))()
-    np.testing.assert_allclose(loss, surprise.mean(), rtol=1e-5)
+    np.testing.assert_allclose(loss, surprise.mean(), rtol=1e-4)
 
 
 def huge_llama2c(world: World) -> None:
@@ -476,8 +489,8 @@ def loads(world: World) -> None:
 
 # Nothing but what numpy knows, save that everything is finite to it; or save that files are mapped, and not copied.
 BLIND = (
-    "type('Blind', (), {'__getattr__': lambda _, name: (lambda x: __import__('jax').numpy.full(x.shape, True))"
-    " if name == 'isfinite' else getattr(__import__('jax').numpy, name)})()"
+    "type('Blind', (), {'__getattr__': lambda _, name: (lambda x: __import__('jax').numpy.full(x.shape, name[2] == 'f'))"
+    " if name in ('isfinite', 'isnan') else getattr(__import__('jax').numpy, name)})()"
 )
 MAPPED = (
     "type('Mapped', (), {'__getattr__': lambda _, name: (lambda file, kind, n: __import__('numpy').memmap("
@@ -489,6 +502,7 @@ NOT_COPIED = (
 )
 
 VOCAB = TINY.vocab
+LETTER = TOKENS.index("a")  # which the talker says: its logit is large
 WORDS = ["hot", "nan", "inf", "-inf", "1_0", "0x1", "١", "", " 1", "1 ", "1e", "--", "1,5"]
 GENERATION: dict[str, Case] = {
     "F1": Case(
@@ -577,7 +591,7 @@ GENERATION: dict[str, Case] = {
             "one sampled": broken([80], 0, one_row(math.nan), ll.Sampling(top_k=5)),
             "later": broken([*[80] * 70][:60], 59, one_row(math.nan)),
             "after one token": broken([80, 90], 1, lambda params: params._replace(embed=params.embed.at[90].set(math.nan))),
-            "a penalty's quotient": broken([*range(VOCAB)][200:], VOCAB - 201, one_row(5.0), ll.Sampling(1e-38)),
+            "a penalty's quotient": broken([LETTER], 0, lambda params: params, ll.Sampling(1e-38)),
             "command": ends(overflowing, 1, "logits.*position"),
         },
         lambda w: None if len(w.generate(max_new=9).tokens) == 9 else pytest.fail("no text"),
@@ -710,18 +724,13 @@ def speaks(world: World) -> None:
 
 def interrupt(process: "subprocess.Popen[bytes]") -> None:
     """Ctrl-C: 130 within two seconds, whatever it is doing, and the terminal on a new line."""
-    try:
-        time.sleep(0.2)
-        assert process.poll() is None, "it ended by itself"
-        process.send_signal(signal.SIGINT)
-        began = time.perf_counter()
-        _, err = process.communicate(timeout=PATIENCE)
-        assert time.perf_counter() - began < 2
-        assert process.returncode == 130
-        assert err == b"\n", err
-    finally:
-        process.kill()
-        process.communicate()
+    assert process.poll() is None, "it ended by itself"
+    process.send_signal(signal.SIGINT)
+    began = time.perf_counter()
+    _, err = process.communicate(timeout=PATIENCE)
+    assert time.perf_counter() - began < 2
+    assert process.returncode == 130
+    assert err == b"\n", err
 
 
 def generating(world: World) -> None:
@@ -749,7 +758,7 @@ def at_work(stage: str) -> Act:
                 assert time.perf_counter() < limit
                 assert process.poll() is None
                 time.sleep(0.02)
-        time.sleep(0.5)
+        time.sleep(0.1 if stage == "loading" else 0.5)
         assert process.stdout
         assert not select.select([process.stdout], [], [], 0)[0], "it speaks already"
         assert has_open(process, weights) == (stage == "loading")
@@ -929,7 +938,7 @@ SURROUNDINGS: dict[str, Case] = {
             "a line in an option": told(2, "generate", "abc", "--a\nb"),
             **flags("min-p", *WORDS), **flags("repetition-penalty", *WORDS),
         },
-        lambda w: None if w.run("generate", *"--min-p .5 --top-k 5 --seed 1 --top-p 1e-1 --max-new 2".split()).status == 0
+        lambda w: None if w.run("generate", *["--min-p", ".5", "--top-k", "5", "--seed", "1", "--top-p", "1e-1", "--max-new", "2"]).status == 0
         else pytest.fail("refused"),
         ({"number": "float", "whole": "int"}, {"Arguments.error": "argparse.ArgumentParser.error"}),
     ),
@@ -951,8 +960,10 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, talkers: tuple[Path, Path, Path]) -> World:
-    return World(tmp_path, monkeypatch, *talkers)
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, talkers: tuple[Path, Path, Path]) -> Generator[World]:
+    world = World(tmp_path, monkeypatch, *talkers)
+    yield world
+    world.end()
 
 
 class TooLong(BaseException):
@@ -960,7 +971,7 @@ class TooLong(BaseException):
 
 
 @contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
+def at_most(seconds: float) -> Generator[None]:
     def ring(*_: object) -> None:
         raise TooLong
 

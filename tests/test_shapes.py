@@ -56,7 +56,7 @@ def arguments(name: str) -> dict[str, Any]:
     """Arguments that fit, for each parameter by its name or its axes."""
     params, sizes = random_params(SMALL), {**vars(SMALL), "seq": 5, "pairs": SMALL.head_dim // 2, "n": 7}
     blocks, caches = params.blocks, ll.empty_cache(SMALL, SMALL.ctx, jnp.float32)
-    assert isinstance(blocks, tuple)
+    assert not isinstance(blocks, ll.Block)
     w = blocks[0].attn if name == "attention" else blocks[0]
     cache = caches[0] if name in ("attention", "block") else caches
     known = {

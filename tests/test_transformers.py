@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, jit
 from jax import numpy as jnp
 from jax import vmap
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -134,12 +134,8 @@ def ours(tensors: Mapping[str, torch.Tensor], config: ll.Config) -> ll.Params:
     return ll.from_hf({name: tensor.detach().numpy() for name, tensor in tensors.items()}, config)
 
 
-# Left as it is written, a program is compiled in a third of the time.
-quick_jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
-step = quick_jit(ll.llama, static_argnames="config")
-whole = quick_jit(ll.logits, static_argnames="config")
+step = jit(ll.llama, static_argnames="config")
+whole = jit(ll.logits, static_argnames="config")
 
 # ---- Values and gradients --------------------------------------------------------------------------------------------
 
@@ -158,7 +154,7 @@ def test_drawn_config(name: str) -> None:
     targets = np.roll(np.where(labels < 0, -1, labels), -1, axis=1)
     targets[:, -1] = -1
 
-    @quick_jit
+    @jit
     def everything(params: ll.Params, tokens: jax.Array, targets: jax.Array) -> Any:
         def after(n: int, row: jax.Array) -> jax.Array:
             cut = replace(config, layers=n)
@@ -231,11 +227,11 @@ def test_ragged_batch(kind: str) -> None:
         places = torch.tensor(mask.cumsum(1) - 1).clamp(min=0)
         want = model(torch.tensor(left), attention_mask=torch.tensor(mask), position_ids=places).logits.numpy()
 
-    @quick_jit
+    @jit
     def prefill(tokens: jax.Array) -> Any:
         return ll.llama(params, tokens, ll.empty_cache(config, longest + new, jnp.float32), 0, config)
 
-    @quick_jit
+    @jit
     def decode(tokens: jax.Array, cache: ll.Caches, start: jax.Array) -> Any:
         return ll.llama(params, tokens, cache, start, config)
 
