@@ -68,7 +68,9 @@ def theirs() -> LlamaForCausalLM:
         vocab_size=29, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=2,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
+    return model
 
 
 @torch.no_grad()
