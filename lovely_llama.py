@@ -1336,13 +1336,18 @@ def talk(args: argparse.Namespace) -> None:
 
 
 def lines() -> Iterator[str]:
-    """What is typed, a line at a time, until /bye or the end."""
-    if sys.stdin.isatty():
+    """What is typed, a line at a time, until /bye or the end. A terminal is asked for it, wherever the output goes."""
+    asked, shown = sys.stdin.isatty(), sys.stdout.isatty()
+    if asked:
         importlib.import_module("readline")  # whose presence makes input() edit lines
     while True:
+        if asked and not shown:
+            print("> ", end="", file=sys.stderr, flush=True)
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if asked and shown else "")
         except EOFError:
+            if asked:
+                print(file=sys.stderr)
             return
         except UnicodeDecodeError as error:
             raise LlamaError("stdin", "line", "bytes that are not UTF-8", "text") from error

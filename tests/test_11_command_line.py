@@ -1,0 +1,340 @@
+"""Part 11, the command line: programs that are started, piped into, typed at and interrupted."""
+
+import os
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import IO, NamedTuple, Self
+
+import pytest
+from test_9_checkpoints import write_talker
+
+import lovely_llama as ll
+
+PROGRAM = Path(sys.executable).with_name("lovely-llama")
+SPEEDS = r"prompt \d+ tokens, [\d.]+/s; new (\d+), [\d.]+/s; (ended|cut at --max-new|cut where the context ends)"
+PATIENCE = 60  # seconds: a machine may be busy
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+    arrivals: list[float]  # when each piece of `out` came, from the start
+    took: float
+
+
+def start(*arguments: object, stdin: int | IO[bytes] = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
+    command = [str(PROGRAM), *map(str, arguments)]
+    return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def call(*arguments: object, say: str = "") -> Done:
+    """Run the program to its end, and note when its output comes."""
+    began = time.perf_counter()
+    process = start(*arguments, stdin=subprocess.PIPE)
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write(say.encode())
+    process.stdin.close()
+    out, arrivals = b"", list[float]()
+    while piece := os.read(process.stdout.fileno(), 2**16):
+        out += piece
+        arrivals.append(time.perf_counter() - began)
+    err = process.stderr.read()
+    status = process.wait(PATIENCE)
+    process.stdout.close()
+    process.stderr.close()
+    return Done(status, out.decode(), err.decode(), arrivals, time.perf_counter() - began)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that says letters, for long."""
+    return write_talker(tmp_path_factory.mktemp("talker") / "talker.gguf", ctx=8192)
+
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sky() -> Done:
+    return call("chat", "Why is the sky blue?", "--temperature", 0, "--max-new", 60)
+
+
+def test_the_sky_is_blue_by_rayleigh_scattering(sky: Done) -> None:
+    assert sky.status == 0
+    assert "Rayleigh" in sky.out
+    assert sky.out.endswith("\n")
+    assert "<|" not in sky.out
+
+
+def test_what_it_cost_is_on_stderr(sky: Done) -> None:
+    (line,) = sky.err.splitlines()
+    match = re.fullmatch(SPEEDS, line)
+    assert match, line
+    assert int(match[1]) == 60
+    assert match[2] == "cut at --max-new"
+
+
+def test_text_comes_as_it_is_made(sky: Done) -> None:
+    assert len(sky.arrivals) > 30
+    assert sky.arrivals[-1] - sky.arrivals[0] > 0.5
+
+
+def test_a_conversation_remembers() -> None:
+    """Through a pipe: a question a line, empty lines left out, to the end; then there are no prompts in the output."""
+    done = call(
+        "chat", "--temperature", 0, "--max-new", 20, "--system", "Be kind.",
+        say="My name is Zebulon.\n\nWhat is my name?",
+    )  # fmt: skip
+    assert done.status == 0
+    assert ">" not in done.out
+    lines = done.err.splitlines()
+    assert len(lines) == 2
+    assert all(re.fullmatch(SPEEDS, line) for line in lines)
+    prompts = [int(line.split()[1]) for line in lines]
+    assert prompts[1] > prompts[0] + 20
+    assert "Zebulon" in done.out[len(done.out) // 2 :]
+
+
+# ---- Options: with a tiny model --------------------------------------------------------------------------------------
+
+
+def say(talker: Path, *options: object) -> Done:
+    done = call("generate", "the", "--model", talker, "--temperature", 1, "--max-new", 40, *options)
+    assert done.status == 0, done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def seeded(talker: Path) -> Done:
+    return say(talker, "--seed", 7)
+
+
+def test_a_seed_is_a_text(talker: Path, seeded: Done) -> None:
+    assert len(seeded.out.strip()) == 40
+    assert say(talker, "--seed", 7).out == seeded.out
+    texts = {seeded.out, say(talker, "--seed", 8).out, say(talker).out}
+    assert len(texts) == 3
+
+
+def test_stop_ends_before_its_text(talker: Path, seeded: Done) -> None:
+    stop = seeded.out[12:15]
+    done = say(talker, "--seed", 7, "--stop", "nowhere", "--stop", stop)
+    assert done.out == seeded.out[: seeded.out.index(stop)] + "\n"
+    assert done.err.endswith("; ended\n")
+
+
+def test_bye_ends_a_conversation(talker: Path) -> None:
+    done = call("chat", "--model", talker, "--max-new", 3, say="the\n/bye\nthe\n")
+    assert done.status == 0
+    assert len(done.out.splitlines()) == len(done.err.splitlines()) == 1
+
+
+class Said(NamedTuple):
+    conversations: list[list[dict[str, str]]]
+    sessions: list[object]
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Said:
+    """What the command line asks the model for, copied when it asks."""
+    said, prompt, generate = Said([], []), ll.chat_prompt, ll.generate
+
+    def noted_prompt(tokenizer: ll.Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+        said.conversations.append([dict(message) for message in messages])
+        return prompt(tokenizer, messages)
+
+    def noted_generate(*arguments: object, session: object = None, **options: object) -> ll.Generation:
+        said.sessions.append(session)
+        return generate(*arguments, session=session, **options)  # pyright: ignore
+
+    monkeypatch.setattr(ll, "chat_prompt", noted_prompt)
+    monkeypatch.setattr(ll, "generate", noted_generate)
+    return said
+
+
+def test_a_conversation_is_passed_on_whole(
+    talker: Path, said: Said, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    typed = tmp_path / "typed"
+    typed.write_text("one\ntwo\n \nthree\n")
+    with typed.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert ll.main(["chat", "--model", str(talker), "--max-new", "4", "--system", "sysadmin"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    last = said.conversations[-1]
+    assert [message["role"] for message in last] == ["system", *["user", "assistant"] * 2, "user"]
+    assert [message["content"] for message in last] == ["sysadmin", "one", answers[0], "two", answers[1], "three"]
+    assert len(said.conversations) == 3
+    assert len(set(map(id, said.sessions))) == 1
+
+
+def test_options_reach_the_model(talker: Path, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (
+        "--temperature 0.5 --top-k 5 --top-p 0.8 --min-p 0.1 --repetition-penalty 1.2 --seed 3 --max-new 2 --stop q"
+    )
+    wanted = dict(max_new=2, seed=3, stop=["q"], sampling=ll.Sampling(1.2, 0.5, 5, 0.8, 0.1))
+    got = dict[str, object]()
+    generate = ll.generate
+
+    def noted(*arguments: object, **options: object) -> ll.Generation:
+        got.update(options)
+        return generate(*arguments, **options)  # pyright: ignore
+
+    monkeypatch.setattr(ll, "generate", noted)
+    for command in ("chat", "generate"):
+        got.clear()
+        assert ll.main([command, "the", "--model", str(talker), *options.split()]) == 0
+        assert {name: got[name] for name in wanted} == wanted
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    done = call("chat", "--help")
+    assert (done.status, done.err) == (0, "")
+    options = [
+        "model",
+        "max-new",
+        "temperature",
+        "top-k",
+        "top-p",
+        "min-p",
+        "repetition-penalty",
+        "seed",
+        "stop",
+        "system",
+    ]
+    helps = [done.out]
+    for arguments in (["generate", "--help"], ["--help"]):
+        with pytest.raises(SystemExit) as caught:
+            ll.main(arguments)
+        assert caught.value.code == 0
+        helps.append(capsys.readouterr().out)
+    for option in options:
+        assert f"--{option} " in helps[0]
+        assert (f"--{option} " in helps[1]) == (option != "system"), option  # a text to continue has no system
+    assert all(word in helps[2] for word in ("chat", "generate", "--debug"))
+
+
+def test_an_error_is_a_line_and_a_status(tmp_path: Path) -> None:
+    """All of them are in test_faults.py; these are two as a process."""
+    for arguments, says in (
+        (("chat", "hello", "--model", tmp_path / "none.gguf"), f"error: {tmp_path}/none.gguf: path: got "),
+        (("chat", "hello", "--warmth", "2"), "error: arguments: "),
+    ):
+        done = call(*arguments)
+        assert (done.status, done.out) == (2, "")
+        assert done.err.startswith(says), done.err
+        assert len(done.err.splitlines()) == 1
+
+
+# ---- A terminal ------------------------------------------------------------------------------------------------------
+
+CONTROL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+class Terminal:
+    """A program on a terminal of its own, and all that it shows there: for as long as a `with` lasts."""
+
+    def __init__(self, *arguments: object, stdout: int | None = None) -> None:
+        self.screen, child = os.openpty()
+        command = [sys.executable, "-c", CONTROL, str(PROGRAM), *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=child, stdout=stdout or child, stderr=child, start_new_session=True,
+            env=os.environ | {"TERM": "dumb"},
+        )  # fmt: skip
+        os.close(child)
+        self.shown, self.waited = "", 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.screen)
+
+    def read(self, seconds: float) -> bool:
+        """Take in what is shown next; False if that was all."""
+        if not select.select([self.screen], [], [], seconds)[0]:
+            raise TimeoutError(f"nothing more after {self.shown!r}")
+        try:
+            piece = os.read(self.screen, 4096)
+        except OSError:
+            piece = b""
+        self.shown += piece.decode()
+        return bool(piece)
+
+    def wait_for(self, text: str) -> None:
+        """Until a text is shown, after the one waited for before."""
+        while text not in self.shown[self.waited :]:
+            assert self.read(PATIENCE), f"no {text!r} in {self.shown!r}"
+        self.waited = self.shown.index(text, self.waited) + len(text)
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def end(self, seconds: float) -> int:
+        """The status, if it ends in time."""
+        limit = time.perf_counter() + seconds
+        while self.read(max(0.1, limit - time.perf_counter())):
+            pass
+        status = self.process.wait(max(0.1, limit - time.perf_counter()))
+        echoes = termios.tcgetattr(self.screen)[3]
+        assert echoes & termios.ECHO, "the terminal was left without an echo"
+        assert echoes & termios.ICANON
+        return status
+
+
+def test_a_terminal_asks_edits_and_leaves(talker: Path) -> None:
+    with Terminal("chat", "--model", talker, "--max-new", "3") as terminal:
+        terminal.wait_for("> ")
+        terminal.type("thx\x7fe\r")
+        terminal.wait_for("prompt ")
+        terminal.wait_for("> ")
+        terminal.type("\x1b[A")  # up: the line before, as it was edited
+        terminal.wait_for("the")
+        terminal.type("\r")
+        terminal.wait_for("prompt ")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.end(PATIENCE) == 0
+    assert terminal.shown.endswith("\n")
+    assert "Traceback" not in terminal.shown
+
+
+def test_interrupt_at_the_prompt(talker: Path) -> None:
+    with Terminal("chat", "--model", talker) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("half a ques")
+        terminal.wait_for("ques")
+        terminal.type("\x03")
+        assert terminal.end(2) == 130
+    assert terminal.shown.endswith("\n")
+    assert "Traceback" not in terminal.shown
+
+
+def test_interrupt_while_it_talks(talker: Path) -> None:
+    with Terminal("chat", "the", "--model", talker) as terminal:
+        while not re.search("[a-h]{20}", terminal.shown):
+            assert terminal.read(PATIENCE)
+        terminal.type("\x03")
+        assert terminal.end(2) == 130
+    assert terminal.shown.endswith("\n")
+    assert "Traceback" not in terminal.shown
+
+
+def test_a_prompt_is_for_the_terminal_not_for_the_output(talker: Path) -> None:
+    output, write = os.pipe()
+    with open(output) as file, Terminal("chat", "--model", talker, "--max-new", "3", stdout=write) as terminal:
+        os.close(write)
+        terminal.wait_for("> ")
+        terminal.type("the\r")
+        terminal.wait_for("prompt ")
+        terminal.type("\x04")
+        assert terminal.end(PATIENCE) == 0
+        assert re.fullmatch("[a-h]{3}\n", file.read())

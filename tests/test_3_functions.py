@@ -1,0 +1,386 @@
+"""Each function of one vector: against llama2.c, against its formula in float64, and at its edges."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, Recording, assert_close, assert_finite, jit
+from jax import numpy as jnp
+from jax import vmap
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from lovely_llama import (
+    BLOCK,
+    Config,
+    RopeScaling,
+    attend,
+    rms_norm,
+    rope,
+    rope_angles,
+    rope_frequencies,
+    silu,
+    softmax,
+    swiglu,
+)
+
+Vector = Any  # of numpy, in float64
+
+# ---- Parity with llama2.c: batch, seq and heads are its outer axes, the names of the arguments its own. --------------
+
+
+def recorded_rms_norm(args: Mapping[str, Any], config: Config) -> dict[str, jax.Array]:
+    return {"0": vmap(vmap(lambda x: rms_norm(x, args["weight"], config.eps)))(args["x"])}
+
+
+def recorded_rope(args: Mapping[str, Any], config: Config) -> dict[str, jax.Array]:
+    def row(x: jax.Array) -> jax.Array:
+        angles = vmap(lambda position: rope_angles(position, config))(jnp.arange(len(x)))
+        return vmap(lambda heads, angles: vmap(lambda head: rope(head, angles))(heads))(x, angles)
+
+    return {"0": vmap(row)(args["q"]), "1": vmap(row)(args["k"])}
+
+
+def recorded_feed_forward(args: Mapping[str, Any], config: Config) -> dict[str, jax.Array]:
+    gate, down, up = (args[f"w{i}.weight"] for i in (1, 2, 3))
+    return {"0": vmap(vmap(lambda x: swiglu(x, gate, up, down)))(args["x"])}
+
+
+RECORDED_FUNCTIONS = {
+    "rms_norm": recorded_rms_norm, "rms_norm_small": recorded_rms_norm, "rope": recorded_rope,
+    "feed_forward": recorded_feed_forward,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["value", "gradient"])
+@pytest.mark.parametrize("name", RECORDED_FUNCTIONS)
+def test_parity(recording: Recording, name: str, what: str) -> None:
+    recording.check(name, RECORDED_FUNCTIONS[name], what)
+
+
+def test_angles_parity(recording: Recording) -> None:
+    config = recording.config
+    angles = vmap(lambda position: rope_angles(position, config))(jnp.arange(config.ctx))
+    table = {"freqs_cos": jnp.cos(angles), "freqs_sin": jnp.sin(angles)}
+    assert_close(table, {name: recording.arrays[name] for name in table}, 1e-5)
+
+
+# ---- The formulas, in numpy and float64 ------------------------------------------------------------------------------
+
+
+def plain_rms_norm(x: Vector, gain: Vector, eps: float) -> Vector:
+    return gain * x / np.sqrt(eps + np.mean(x**2))
+
+
+def plain_rope(x: Vector, angles: Vector) -> Vector:
+    turned = (x[0::2] + 1j * x[1::2]) * np.exp(1j * angles)
+    return np.stack([turned.real, turned.imag], axis=-1).ravel()
+
+
+def plain_softmax(scores: Vector) -> Vector:
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def plain_attend(q: Vector, keys: Vector, values: Vector, position: int) -> Vector:
+    return plain_softmax(keys[: position + 1] @ q / math.sqrt(len(q))) @ values[: position + 1]
+
+
+def plain_attend_gradient(
+    q: Vector, keys: Vector, values: Vector, position: int, cotangent: Vector
+) -> tuple[Vector, ...]:
+    """The derivative of ⟨cotangent, attend⟩ by q, keys and values, written out."""
+    seen, scale = position + 1, 1 / math.sqrt(len(q))
+    weights = np.zeros(len(keys))
+    weights[:seen] = plain_softmax(keys[:seen] @ q * scale)
+    by_scores = weights * (values @ cotangent - cotangent @ (weights @ values))
+    return by_scores @ keys * scale, np.outer(by_scores, q) * scale, np.outer(weights, cotangent)
+
+
+def plain_silu(x: Vector) -> Vector:
+    return x / (1 + np.exp(-x))
+
+
+def plain_swiglu(x: Vector, gate: Vector, up: Vector, down: Vector) -> Vector:
+    return down @ (plain_silu(gate @ x) * (up @ x))
+
+
+def draw(*shapes: tuple[int, ...], scale: float = 1.0) -> list[Vector]:
+    """Normal float64 numbers, always the same."""
+    rng = np.random.default_rng(math.prod(sum(shapes, (len(shapes),))))
+    return [scale * rng.standard_normal(shape) for shape in shapes]
+
+
+# The function, its formula, and arguments of sizes that differ.
+FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[tuple[int, ...]]]] = {
+    "rms_norm": (partial(rms_norm, eps=0.01), partial(plain_rms_norm, eps=0.01), [(7,), (7,)]),
+    "rope": (rope, plain_rope, [(10,), (5,)]),
+    "softmax": (softmax, plain_softmax, [(9,)]),
+    "attend": (partial(attend, position=11), partial(plain_attend, position=11), [(4,), (13, 4), (13, 4)]),
+    "silu": (silu, plain_silu, [(9,)]),
+    "swiglu": (swiglu, plain_swiglu, [(7,), (5, 7), (5, 7), (7, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula_in_float64(name: str, x64: None) -> None:
+    function, formula, shapes = FORMULAS[name]
+    args = draw(*shapes)
+    got = function(*map(jnp.array, args))
+    assert got.dtype == jnp.float64
+    assert_close(got, formula(*args), 1e-14)
+
+
+# Rounded once, on the way out: had any step been in bfloat16 or float16, the error would be several times this.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "softmax", "attend", "silu"])
+def test_arithmetic_is_float32(name: str, dtype: Any) -> None:
+    function, formula, shapes = FORMULAS[name]
+    args = [jnp.array(arg, dtype) for arg in draw(*shapes)]
+    if name == "rope":
+        args[1] = args[1].astype(jnp.float32)
+    got, want = function(*args), formula(*(np.asarray(arg, np.float64) for arg in args))
+    assert got.dtype == dtype
+    half_ulp = 1e-6 if dtype == jnp.float32 else 1.001 * float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=half_ulp, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_swiglu_has_the_dtype_of_its_input(dtype: Any) -> None:
+    args = [jnp.array(arg, dtype) for arg in draw(*FORMULAS["swiglu"][2])]
+    got = swiglu(*args)
+    assert got.dtype == dtype
+    want = plain_swiglu(*(np.asarray(arg, np.float64) for arg in args))
+    assert_close(got, want, 4 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_finite_far_out(name: str) -> None:
+    function, _, shapes = FORMULAS[name]
+
+    @jit
+    def with_gradient(*args: jax.Array) -> Any:
+        out, pull = jax.vjp(function, *args)
+        return out, pull(jnp.ones_like(out))
+
+    for args in (draw(*shapes, scale=1e3), *([np.full(shape, far) for shape in shapes] for far in (-1e3, 1e3))):
+        assert_finite(with_gradient(*(arg.astype(np.float32) for arg in args)))
+
+
+# ---- rms_norm --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rms_norm_of_small_numbers(dtype: Any) -> None:
+    """The square of 1e-4 is nothing in float16."""
+    x, gain = (jnp.array(a, dtype) for a in (draw((64,), scale=1e-4)[0], 1 + draw((64, 1))[0][:, 0] / 2))
+    want = plain_rms_norm(np.asarray(x, np.float64), np.asarray(gain, np.float64), 1e-9)
+    assert_close(rms_norm(x, gain, 1e-9), want, float(jnp.finfo(dtype).eps) / 2)
+
+
+def test_rms_norm_of_nothing() -> None:
+    out, pull = jax.vjp(lambda x: rms_norm(x, jnp.ones(7), 1e-5), jnp.zeros(7))
+    assert_close((out, pull(jnp.ones(7))), (np.zeros(7), (np.full(7, 1 / math.sqrt(1e-5)),)), 1e-6)
+
+
+# ---- rope ------------------------------------------------------------------------------------------------------------
+
+
+def turn(config: Config, x: Vector, positions: Vector) -> jax.Array:
+    return vmap(lambda position: rope(jnp.array(x), rope_angles(position, config)))(jnp.array(positions))
+
+
+def test_rope_at_zero_changes_nothing() -> None:
+    (x,) = draw((SMALL.head_dim,))
+    x = x.astype(np.float32)
+    assert (np.asarray(turn(SMALL, x, [0])[0]) == x).all()
+
+
+def test_rope_depends_on_distance_alone(x64: None) -> None:
+    q, k = draw((SMALL.head_dim,), (SMALL.head_dim,))
+    queries, keys = (np.asarray(turn(SMALL, x, np.arange(130))) for x in (q, k))
+    products = queries @ keys.T
+    for distance in range(-129, 130, 3):
+        diagonal = np.diagonal(products, distance)
+        assert_close(diagonal, np.full_like(diagonal, diagonal[0]), 1e-12, f"distance {distance}")
+    assert_close(np.linalg.norm(queries, axis=-1), np.full(130, np.linalg.norm(q)), 1e-14)
+    assert np.ptp(products) > 1
+
+
+def test_rope_is_the_half_split_one_on_other_rows(x64: None) -> None:
+    """Hugging Face turns pairs (i, i + d/2). Taken for one another the two agree at position 0 alone."""
+    (x,) = draw((SMALL.head_dim,))
+    evens_first = np.r_[0 : SMALL.head_dim : 2, 1 : SMALL.head_dim : 2]
+    for position in (1, 64, 130):
+        angles = np.tile(position * np.asarray(rope_frequencies(SMALL)), 2)
+        a, b = np.split(x[evens_first], 2)
+        half_split = x[evens_first] * np.cos(angles) + np.r_[-b, a] * np.sin(angles)
+        assert_close(turn(SMALL, x, [position])[0][evens_first], half_split, 1e-14)
+
+
+@pytest.mark.parametrize("head_dim", [48, 64, 80, 128])
+def test_angles_are_those_of_float64(head_dim: int) -> None:
+    config = replace(SMALL, head_dim=head_dim, theta=5e5, rope_scaling=None)
+    angles_at = jit(partial(rope_angles, config=config))
+    x = jnp.array(draw((head_dim,))[0], jnp.bfloat16)
+    for position in (257, 4095, 131071):
+        exact = position * 5e5 ** (-np.arange(0, head_dim, 2) / head_dim)
+        angles = angles_at(jnp.array(position))
+        np.testing.assert_array_max_ulp(np.asarray(angles), exact.astype(np.float32), maxulp=2)
+        # bfloat16 keeps 8 bits of the result, and float32 24 of the angle.
+        bound = 2**-8 + 2**-24 * position
+        assert_close(rope(x, angles), plain_rope(np.asarray(x, np.float64), exact), bound, f"position {position}")
+
+
+SCALINGS = {
+    "none": None,
+    "linear": RopeScaling("linear", 2.5),
+    "llama3 8": RopeScaling("llama3", 8.0, 8192, low=1.0, high=4.0),
+    "llama3 32": RopeScaling("llama3", 32.0, 8192, low=1.0, high=4.0),
+    "yarn 8": RopeScaling("yarn", 8.0, 4096, low=1.0, high=32.0, attention_factor=1.2),
+    "yarn short": RopeScaling("yarn", 3.0, 40, low=1.0, high=32.0, attention_factor=1.1),
+}
+
+
+def their_frequencies(config: Config) -> Vector:
+    """What transformers makes of the same description."""
+    scaling = config.rope_scaling
+    described: dict[str, Any] = {"rope_type": scaling.kind if scaling else "default", "rope_theta": config.theta}
+    if scaling:
+        described |= {"factor": scaling.factor, "original_max_position_embeddings": scaling.original_ctx}
+        if scaling.kind == "llama3":
+            described |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+        if scaling.kind == "yarn":
+            described |= {"beta_slow": scaling.low, "beta_fast": scaling.high}
+    theirs = LlamaConfig(head_dim=config.head_dim, max_position_embeddings=config.ctx, rope_parameters=described)  # pyright: ignore[reportCallIssue]
+    default = LlamaRotaryEmbedding.compute_default_rope_parameters
+    make = ROPE_INIT_FUNCTIONS[scaling.kind] if scaling else default
+    return make(theirs, device=torch.device("cpu"))[0].numpy()
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("head_dim", [10, 48, 64, 128])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_frequencies_as_in_transformers(name: str, head_dim: int, theta: float) -> None:
+    config = replace(SMALL, head_dim=head_dim, theta=theta, rope_scaling=SCALINGS[name], ctx=2**17)
+    # 26 units of the last place is how far transformers' are from float64's, where head_dim is no power of two.
+    np.testing.assert_allclose(rope_frequencies(config), their_frequencies(config), rtol=4e-6)
+
+
+def kept(config: Config) -> Vector:
+    """The part of each frequency that scaling leaves as it is: 1 unscaled, 0 slowed by the whole factor."""
+    assert config.rope_scaling
+    ratio = np.asarray(rope_frequencies(config)) / config.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    return (ratio - 1 / config.rope_scaling.factor) / (1 - 1 / config.rope_scaling.factor)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_bands(factor: float, x64: None) -> None:
+    """By wavelength: up to ctx / high unscaled, from ctx / low on slowed, in between linear in 1 / wavelength."""
+    scaling = RopeScaling("llama3", factor, 8192, low=1.0, high=4.0)
+    config = replace(SMALL, head_dim=128, theta=5e5, rope_scaling=scaling)
+    wavelength = 2 * math.pi * 5e5 ** (np.arange(0, 128, 2) / 128)
+    bands = [wavelength < 8192 / 4, (wavelength >= 8192 / 4) & (wavelength <= 8192), wavelength > 8192]
+    assert [band.sum() for band in bands] == [29, 6, 29]
+    want = np.select(bands, [np.ones(64), (8192 / wavelength - 1) / 3, np.zeros(64)])
+    np.testing.assert_allclose(kept(config), want, atol=1e-12)
+
+
+def test_yarn_ends(x64: None) -> None:
+    """The fast pairs are kept and the slow ones slowed, not the other way round."""
+    scaling = RopeScaling("yarn", 8.0, 4096, low=1.0, high=32.0)
+    ramp = kept(replace(SMALL, head_dim=128, theta=1e4, rope_scaling=scaling))
+    # 4096 positions are 32 turns at pair 20.9 and one turn at pair 45.03.
+    assert abs(ramp[: 20 + 1] - 1).max() < 1e-12 and abs(ramp[46:]).max() < 1e-12
+    np.testing.assert_allclose(np.diff(ramp[20:47]), -1 / 26, atol=1e-12)
+
+
+# ---- softmax and silu ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[0.0, 1.0, -2.0], [1e3, -1e3, 999.0], [-1e3, -1e3, -1e3], [-math.inf, 0.5, -math.inf, 1.5], [-math.inf, 7.0]],
+)
+def test_softmax(scores: list[float]) -> None:
+    assert_close(softmax(jnp.array(scores)), plain_softmax(np.array(scores)), 1e-6)
+
+
+def test_silu_slope_far_out() -> None:
+    """x / (1 + exp(−x)) has no number for its slope at −100."""
+    assert_close(
+        vmap(jax.grad(lambda x: silu(x[None])[0]))(jnp.array([-1e3, -100.0, 1e3])), np.array([0, 0, 1.0]), 1e-6
+    )
+
+
+# ---- attend ----------------------------------------------------------------------------------------------------------
+
+CTX = 2 * BLOCK + 90  # three blocks, the last of them short
+PLACES = {
+    CTX: [1, BLOCK - 1, BLOCK, BLOCK + 7, 2 * BLOCK - 1, 2 * BLOCK, CTX - 1],
+    2 * BLOCK: [2 * BLOCK - 1],
+    BLOCK - 7: [3, BLOCK - 8],
+    3: [1, 2],
+}
+
+
+@pytest.mark.parametrize("ctx", PLACES)
+def test_attend(ctx: int) -> None:
+    """The plain formula, in value and gradient, whether `filled` is not said, an integer, or an array."""
+
+    @jit
+    def with_gradient(position: jax.Array, cotangent: jax.Array, *args: jax.Array) -> tuple[jax.Array, Any]:
+        out, pull = jax.vjp(partial(attend, position=position), *args)
+        return out, pull(cotangent)
+
+    @jit
+    def traced(position: jax.Array, *args: jax.Array) -> jax.Array:
+        return attend(*args, position=position, filled=position + 1)
+
+    q, keys, values, cotangent = draw((6,), (ctx, 6), (ctx, 6), (6,))
+    q, keys, values, cotangent = (a.astype(np.float32) for a in (q, keys, values, cotangent))
+    exact = [a.astype(np.float64) for a in (q, keys, values)]
+    for position in PLACES[ctx]:
+        out, grads = with_gradient(position, cotangent, q, keys, values)
+        want = plain_attend(*exact, position=position)
+        assert_close(out, want, 1e-5, f"position {position}")
+        want_grads = plain_attend_gradient(*exact, position=position, cotangent=cotangent)
+        assert_close(grads, want_grads, 5e-5, f"gradient at {position}")
+
+        read = min(ctx, (position // BLOCK + 1) * BLOCK)  # beyond it lie blocks that nothing may look into
+        unread = [jnp.array(q), *(jnp.array(rows).at[read:].set(jnp.nan) for rows in (keys, values))]
+        assert_close(traced(position, *unread), want, 1e-5, f"traced, filled to {position}")
+        if position in (BLOCK - 1, BLOCK, CTX - 1):  # an integer is a constant, and compiled for itself
+            filled = partial(attend, position=position, filled=position + 1)
+            assert_close(filled(*unread), want, 1e-5, f"filled to {position}")
+
+
+def test_attend_does_not_see_what_comes_after() -> None:
+    attend_jit = jit(attend)
+    q, keys, values = (jnp.array(arg, jnp.float32) for arg in draw((6,), (CTX, 6), (CTX, 6)))
+    for position in (0, 3, BLOCK, CTX - 2):
+        out = attend_jit(q, keys, values, position)
+        later = jnp.where(jnp.arange(CTX)[:, None] > position, 9.0, 0.0)
+        assert (attend_jit(q, keys + later, values + later, position) == out).all()
+        now = jnp.where(jnp.arange(CTX)[:, None] == position, 9.0, 0.0)
+        assert (attend_jit(q, keys, values + now, position) != out).any()
+    assert_close(attend_jit(q, keys, values, 0), values[0], 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_attend_far_out(scale: float) -> None:
+    """Scores of millions, and all of them equal: still an average of the values."""
+    q, keys, values = draw((6,), (CTX, 6), (CTX, 6))
+    q, keys = (scale * a for a in (q, keys))
+    want = plain_attend(*(a.astype(np.float32).astype(np.float64) for a in (q, keys, values)), CTX - 1)
+    args = [jnp.array(arg, jnp.float32) for arg in (q, keys, values)]
+    assert_close(attend(*args, position=CTX - 1), want, 1e-5)
+    even = attend(jnp.zeros(6), args[1], args[2], CTX - 1)
+    assert_close(even, values.mean(axis=0), 1e-5)

@@ -1,0 +1,293 @@
+"""Attention, the block and the whole model: against llama2.c, and what holds for any Llama."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, Recording, assert_close, jit, layers_of, random_params
+from jax import numpy as jnp
+from jax import vmap
+
+import lovely_llama
+from lovely_llama import (
+    LLAMA2C,
+    Attention,
+    Block,
+    Cache,
+    Config,
+    Params,
+    RopeScaling,
+    all_tensors,
+    attention,
+    block,
+    empty_cache,
+    from_llama2c,
+    llama,
+    logits,
+    loss,
+    rope_angles,
+    stack,
+)
+
+TOKENS = jnp.array([3, 28, 0, 17, 3, 9, 21])
+run = jit(llama, static_argnames="config")  # with an array for `start`: one program for every start
+whole = jit(logits, static_argnames="config")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_blocks() -> Iterator[None]:
+    """Attention reads three keys at a time, so that a few tokens are several blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lovely_llama, "BLOCK", 3)
+        yield
+
+
+def stacked(params: Params) -> Params:
+    return params._replace(blocks=stack(params.blocks))
+
+
+def angles_of(seq: int, config: Config) -> jax.Array:
+    return vmap(partial(rope_angles, config=config))(jnp.arange(seq))
+
+
+# ---- Parity with llama2.c --------------------------------------------------------------------------------------------
+
+
+def recorded_block(args: Mapping[str, Any], prefix: str, config: Config) -> Block:
+    """A block of the recorded arguments, by way of the loader, which wants the rest of a model too."""
+    rest = {name: np.zeros(shape, np.float32) for name, shape in all_tensors(LLAMA2C, config).items()}
+    given = {f"{prefix}{name}": weight for name, weight in args.items() if name != "x"}
+    return layers_of(from_llama2c(rest | given, config))[0]
+
+
+def recorded_attention(args: Mapping[str, Any], config: Config) -> dict[str, jax.Array]:
+    w = recorded_block(args, "layers.0.attention.", config).attn
+
+    def row(x: jax.Array) -> jax.Array:
+        (cache,) = empty_cache(config, len(x), x.dtype)
+        return attention(w, x, angles_of(len(x), config), cache, 0, config)[0]
+
+    return {"0": vmap(row)(args["x"])}
+
+
+def recorded_layer(args: Mapping[str, Any], config: Config) -> dict[str, jax.Array]:
+    w = recorded_block(args, "layers.0.", config)
+
+    def row(x: jax.Array) -> jax.Array:
+        (cache,) = empty_cache(config, len(x), x.dtype)
+        return block(w, x, angles_of(len(x), config), cache, 0, config)[0]
+
+    return {"0": vmap(row)(args["x"])}
+
+
+@pytest.mark.parametrize("what", ["value", "gradient"])
+@pytest.mark.parametrize(("name", "function"), [("attention", recorded_attention), ("block", recorded_layer)])
+def test_parity(recording: Recording, name: str, function: Callable[..., Any], what: str) -> None:
+    recording.check(name, function, what)
+
+
+@partial(jit, static_argnames="config")
+def batch_logits(params: Params, tokens: jax.Array, config: Config) -> jax.Array:
+    return vmap(partial(logits, params, config=config))(tokens)
+
+
+def test_logits_parity(recording: Recording) -> None:
+    config, arrays = recording.config, recording.arrays
+    params, seq = from_llama2c(recording.under("param."), config), arrays["tokens"].shape[1]
+    to_the_end = np.pad(arrays["tokens"], ((0, 0), (0, config.ctx - seq)))
+    answers = batch_logits(params, to_the_end, config)
+    assert_close(answers[:, :seq], arrays["logits"], 1e-5)
+    # The greedy continuation of 4 tokens, to where llama2.c's context is full and it begins to forget.
+    greedy = arrays["greedy"]
+    chosen = batch_logits(params, greedy[:, : config.ctx], config).argmax(axis=-1)
+    assert (chosen[:, 3:] == greedy[:, 4 : config.ctx + 1]).all()
+
+
+def test_loss_parity(recording: Recording) -> None:
+    config, arrays = recording.config, recording.arrays
+    params, value_and_grad = from_llama2c(recording.under("param."), config), jax.value_and_grad(loss)
+    value, grads = jit(value_and_grad, static_argnums=3)(params, arrays["tokens"], arrays["targets"], config)
+    assert_close(value, arrays["loss"][0], 1e-6)
+    assert_close(grads, from_llama2c(recording.under("grad."), config), 5e-5)
+
+
+# ---- Properties: of a small model, all of whose parameters are random ------------------------------------------------
+
+PARAMS = random_params(SMALL)
+
+
+def used_cache(config: Config, ctx: int = len(TOKENS) + 4, dtype: Any = jnp.float32) -> tuple[Cache, ...]:
+    """A cache with numbers in it: what stands where nothing is filled must not matter."""
+    rng = np.random.default_rng(7)
+    return jax.tree.map(
+        lambda leaf: jnp.array(9 * rng.standard_normal(leaf.shape), dtype), empty_cache(config, ctx, dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_prefill_and_decode_are_the_whole(dtype: Any, x64: None) -> None:
+    """At every split, and one token at a time."""
+    bound = 1e-5 if dtype == jnp.float32 else 1e-13
+    params, cache = random_params(SMALL, dtype=dtype), used_cache(SMALL, dtype=dtype)
+    answers, filled = run(params, TOKENS, cache, 0, SMALL)
+    assert answers.dtype == filled[0].keys.dtype == dtype
+    assert_close(answers, whole(params, TOKENS, SMALL), bound)
+    for split in range(1, len(TOKENS)):
+        before, cache_then = run(params, TOKENS[:split], cache, 0, SMALL)
+        after, cache_now = run(params, TOKENS[split:], cache_then, split, SMALL)
+        assert_close((before, after), (answers[:split], answers[split:]), bound, f"split at {split}")
+        assert_close(cache_now, filled, bound, f"cache, split at {split}")
+    for i, token in enumerate(TOKENS):
+        answer, cache = run(params, token[None], cache, i, SMALL)
+        assert_close(answer[0], answers[i], bound, f"decoding at {i}")
+
+
+def test_start_may_be_an_integer_or_an_array() -> None:
+    cache = used_cache(SMALL)
+    for start in (0, 4):
+        fixed = jit(llama, static_argnames=("start", "config"))(PARAMS, TOKENS, cache, start, SMALL)
+        assert_close(fixed, run(PARAMS, TOKENS, cache, start, SMALL), 1e-6, f"start {start}")
+
+
+def test_ragged_rows_are_their_solo_runs() -> None:
+    """Rows of a batch at places of their own, beyond which their caches hold what others left."""
+    starts = jnp.array([0, 3, 1, 4])
+    rows = jnp.stack([TOKENS[i : i + 4] for i in range(4)])
+    before = jnp.stack([TOKENS[::-1]] * 4)
+    cache = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), used_cache(SMALL))
+    batch = jit(vmap(partial(llama, config=SMALL), in_axes=(None, 0, 0, 0)))
+    # Of what is put into the caches here a row at `start` may see the tokens before it alone.
+    _, caches = batch(PARAMS, before, cache, jnp.zeros(4, int))
+    together = batch(PARAMS, rows, caches, starts)
+    for i, start in enumerate(starts.tolist()):
+        tokens = jnp.concatenate([before[i, :start], rows[i]])
+        alone = whole(PARAMS, tokens, SMALL)
+        assert_close(together[0][i], alone[start:], 1e-5, f"row {i}")
+
+
+def test_causality() -> None:
+    """Another token at t leaves every bit before t as it was, and nothing after."""
+    answers = whole(PARAMS, TOKENS, SMALL)
+    for t in range(len(TOKENS)):
+        others = whole(PARAMS, TOKENS.at[t].add(1) % SMALL.vocab, SMALL)
+        assert (others[:t] == answers[:t]).all(), f"token {t} is seen before it comes"
+        assert (others[t:] != answers[t:]).any(axis=-1).all(), f"token {t} is not seen"
+
+
+def test_stacked_layers_are_the_same_layers() -> None:
+    def with_gradient(params: Params) -> Any:
+        return jax.value_and_grad(partial(loss, config=SMALL))(params, TOKENS, TOKENS[::-1])
+
+    (value, grads), (value_stacked, grads_stacked) = jit(with_gradient)(PARAMS), jit(with_gradient)(stacked(PARAMS))
+    assert_close((value_stacked, grads_stacked), (value, stacked(grads)), 1e-5)
+    cache = used_cache(SMALL)
+    answers, filled = run(PARAMS, TOKENS, cache, 2, SMALL)
+    assert_close(run(stacked(PARAMS), TOKENS, stack(cache), 2, SMALL), (answers, stack(filled)), 1e-5)
+
+
+def test_compiled_is_the_same() -> None:
+    config, params = replace(SMALL, layers=1), PARAMS._replace(blocks=layers_of(PARAMS)[:1])
+    compiled = jax.jit(logits, static_argnames="config")
+    assert_close(compiled(params, TOKENS, config), logits(params, TOKENS, config), 1e-5)
+
+
+def test_batch_is_a_loop() -> None:
+    rows = jnp.stack([TOKENS, TOKENS[::-1], (TOKENS * 7) % SMALL.vocab])
+    together = jit(vmap(partial(logits, PARAMS, config=SMALL)))(rows)
+    assert_close(together, jnp.stack([whole(PARAMS, row, SMALL) for row in rows]), 1e-5)
+
+
+def test_grouped_queries_are_repeated_keys() -> None:
+    """Query heads that share keys and values answer as if each had a copy of its own."""
+
+    def ungroup(w: Block) -> Block:
+        *_, head_dim, dim = w.attn.q.shape
+        q, o = w.attn.q.reshape(-1, 1, head_dim, dim), w.attn.o.reshape(dim, -1, 1, head_dim)
+        k, v = (jnp.repeat(weight, SMALL.q_per_kv, axis=0) for weight in (w.attn.k, w.attn.v))
+        return w._replace(attn=Attention(q, k, v, o))
+
+    ungrouped = replace(SMALL, kv_heads=SMALL.kv_heads * SMALL.q_per_kv, q_per_kv=1)
+    params = PARAMS._replace(blocks=tuple(map(ungroup, layers_of(PARAMS))))
+    assert_close(whole(params, TOKENS, ungrouped), whole(PARAMS, TOKENS, SMALL), 1e-5)
+
+
+def test_a_head_is_heard_in_its_group_alone() -> None:
+    """With W_O the identity the outputs are the heads, group by group."""
+    kv_heads, q_per_kv, head_dim = SMALL.kv_heads, SMALL.q_per_kv, SMALL.head_dim
+    config = replace(SMALL, layers=1, dim=kv_heads * q_per_kv * head_dim)
+    w = layers_of(random_params(config))[0].attn
+    w = w._replace(o=jnp.eye(config.dim).reshape(w.o.shape))
+    x = jnp.array(np.random.default_rng(0).standard_normal((len(TOKENS), config.dim)), jnp.float32)
+
+    @jit
+    def heads(w: Attention) -> jax.Array:
+        (cache,) = empty_cache(config, len(x), x.dtype)
+        out, _ = attention(w, x, angles_of(len(x), config), cache, 0, config)
+        return out.reshape(len(x), kv_heads, -1)
+
+    for field, head in product(("q", "k", "v"), range(kv_heads)):
+        other = heads(w._replace(**{field: getattr(w, field).at[head].multiply(2)}))
+        changed = (other != heads(w)).any(axis=(0, 2))
+        assert (changed == (jnp.arange(kv_heads) == head)).all(), f"{field} of head {head}"
+
+
+def test_bfloat16_is_float64_but_for_rounding(x64: None) -> None:
+    params = random_params(SMALL, dtype=jnp.bfloat16)
+    exact = whole(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), TOKENS, SMALL)
+    rounded = whole(params, TOKENS, SMALL)
+    assert rounded.dtype == jnp.bfloat16
+    assert_close(rounded, exact, 0.03)
+    single = whole(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), TOKENS, SMALL)
+    assert single.dtype == jnp.float32
+    assert_close(single, exact, 5e-6)
+
+
+OTHERS = {
+    "theta": replace(SMALL, theta=1.5 * SMALL.theta),
+    "eps": replace(SMALL, eps=3 * SMALL.eps),
+    "no scaling": replace(SMALL, rope_scaling=None),
+    "linear": replace(SMALL, rope_scaling=RopeScaling("linear", 3.0)),
+    "factor": replace(SMALL, rope_scaling=RopeScaling("llama3", 4.0, 40, low=1.0, high=4.0)),
+    "original_ctx": replace(SMALL, rope_scaling=RopeScaling("llama3", 3.0, 80, low=1.0, high=4.0)),
+    "low": replace(SMALL, rope_scaling=RopeScaling("llama3", 3.0, 40, low=2.0, high=4.0)),
+    "high": replace(SMALL, rope_scaling=RopeScaling("llama3", 3.0, 40, low=1.0, high=9.0)),
+    "yarn": replace(SMALL, rope_scaling=RopeScaling("yarn", 3.0, 40, low=1.0, high=4.0)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_number_of_the_config_is_used(name: str) -> None:
+    """Far out, at position 500, where rotations have come apart."""
+
+    def far(config: Config) -> np.ndarray:
+        config = replace(config, layers=1)
+        cache = jax.tree.map(lambda leaf: 0.1 * leaf, used_cache(config, 501))
+        params = PARAMS._replace(blocks=layers_of(PARAMS)[:1])
+        return np.asarray(run(params, TOKENS[:1], cache, 500, config)[0], np.float64)
+
+    change = np.linalg.norm(far(OTHERS[name]) - far(SMALL)) / np.linalg.norm(far(SMALL))
+    assert change > 1e-3, f"{change:.1e}"
+
+
+def test_yarn_sharpens_the_scores() -> None:
+    """A factor a on cosines and sines, as others have it, is a² on the scores: on q alone, or a on both q and k."""
+    plain = RopeScaling("yarn", 3.0, 40, low=1.0, high=4.0)
+    sharp = plain._replace(attention_factor=1.3)
+    sharper_q = PARAMS._replace(
+        blocks=tuple(w._replace(attn=w.attn._replace(q=1.3**2 * w.attn.q)) for w in layers_of(PARAMS))
+    )
+    want = whole(sharper_q, TOKENS, replace(SMALL, rope_scaling=plain))
+    assert_close(whole(PARAMS, TOKENS, replace(SMALL, rope_scaling=sharp)), want, 1e-5)
+
+
+def test_tied_gradients_are_the_sum_of_both_uses() -> None:
+    untied = PARAMS._replace(unembed=PARAMS.embed)
+    grad = jit(jax.grad(loss), static_argnames="config")
+    apart = grad(untied, TOKENS, TOKENS[::-1], SMALL)
+    tied = grad(PARAMS._replace(unembed=None), TOKENS, TOKENS[::-1], replace(SMALL, tied=True))
+    assert_close(tied, apart._replace(embed=apart.embed + apart.unembed, unembed=None), 1e-5)
