@@ -324,7 +324,7 @@ def hidden_states(
     def layer(x: Float[Array, "seq dim"], w: Block, cache: Cache) -> tuple[Float[Array, "seq dim"], Cache]:
         return block(w, x, angles, cache, start, config)
 
-    layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.everything_saveable)  # traced once; nothing done twice
+    layer = jax.checkpoint(layer, policy=KEPT)  # traced once for all layers; part 6 says what is kept
     angles = vmap(lambda position: rope_angles(position, config))(start + jnp.arange(len(tokens)))
     return fold_layers(layer, params.embed[tokens], params.blocks, cache)
 
@@ -405,6 +405,10 @@ def stack(layers: tuple[Any, ...]) -> Any:
 
 
 # ---- 6. Learning -----------------------------------------------------------------------------------------------------
+
+# What a layer keeps for its derivative: products with weights, of size seq. The rest is cheap to compute once more, and
+# so attention's scores, which are as many as seq², are never all there.
+KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 def loss(
@@ -949,9 +953,7 @@ def from_named(names: Mapping[str, str], get: Callable[[str], Any], config: Conf
     def of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
         name, _ = tensor(names, path, leaf.shape)
         array = get(name)
-        if (
-            names is HF and path[-1].name in "qk"
-        ):  # Hugging Face puts the first halves of a head's pairs before the second
+        if names is HF and path[-1].name in "qk":  # all pairs' first members come before their second ones
             *heads, width, dim = leaf.shape
             array = array.reshape(*heads, 2, width // 2, dim).swapaxes(-3, -2)
         return jnp.array(array.reshape(leaf.shape))

@@ -37,7 +37,7 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # Those that have happened in public code.
     Mutant("rotary pairs taken as halves", 3, "a, b = wide(x).reshape(-1, 2).T", "a, b = wide(x).reshape(2, -1)", 1),
-    Mutant("rows of k left as Hugging Face has them", 9, 'in "qk":  # Hugging', 'in "q":  # Hugging', 2),
+    Mutant("rows of k left as Hugging Face has them", 9, 'in "qk":  # all', 'in "q":  # all', 2),
     Mutant("query heads grouped the other way", 4, "vmap(group)(w.q,", "vmap(group)(w.q.reshape(w.q.shape[1], len(w.q), *w.q.shape[2:]).swapaxes(0, 1),", 3),
     Mutant("theta not passed", 3, "config.theta ** (2", "1e4 ** (2", 4),
     Mutant("llama3 scaling missing", 3, "if scaling is None:", 'if scaling is None or scaling.kind == "llama3":', 5),
