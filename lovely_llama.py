@@ -174,7 +174,7 @@ def rope_frequencies(config: Config) -> Float[Array, " pairs"]:
         turned = [scaling.original_ctx / (2 * math.pi * turns) for turns in (scaling.high, scaling.low)]
         fast, slow = (config.head_dim * math.log(r) / (2 * math.log(config.theta)) for r in turned)
         first, last = max(math.floor(fast), 0), min(math.ceil(slow), config.head_dim - 1)
-        kept = 1 - (i - first) / max(last - first, 1e-3)
+        kept = 1 - (i - first) / (last - first or 1e-3)
     kept = np.clip(kept, 0, 1)
     return jnp.asarray(kept * f + (1 - kept) * (f / scaling.factor))
 

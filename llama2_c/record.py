@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deep": dict(dim=16, n_layers=12, n_heads=2, n_kv_heads=1, vocab_size=31, hidden_dim=22, max_seq_len=11),
 }
 EPS = {"mha": 1e-5, "gqa": 1e-4, "mqa": 1e-6, "deep": 1e-5}
-EXPORTED = dict(
+EXPORTED: dict[str, Any] = dict(
     dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=80, hidden_dim=128, max_seq_len=32, norm_eps=1e-5
 )
 STEPS = 20

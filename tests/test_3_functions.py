@@ -246,6 +246,7 @@ SCALINGS = {
     "llama3 32": RopeScaling("llama3", 32.0, 8192, low=1.0, high=4.0),
     "yarn 8": RopeScaling("yarn", 8.0, 4096, low=1.0, high=32.0, attention_factor=1.2),
     "yarn short": RopeScaling("yarn", 3.0, 40, low=1.0, high=32.0, attention_factor=1.1),
+    "yarn shorter than a turn": RopeScaling("yarn", 3.0, 5, low=1.0, high=32.0),
 }
 
 
@@ -268,10 +269,14 @@ def their_frequencies(config: Config) -> Vector:
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 @pytest.mark.parametrize("head_dim", [10, 48, 64, 128])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_frequencies_as_in_transformers(name: str, head_dim: int, theta: float) -> None:
+def test_frequencies_as_in_transformers(name: str, head_dim: int, theta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a unit in the last place of float32, if transformers' powers are float64's: its own are up to 26 units off."""
     config = replace(SMALL, head_dim=head_dim, theta=theta, rope_scaling=SCALINGS[name], ctx=2**17)
-    # 26 units of the last place is how far transformers' are from float64's, where head_dim is no power of two.
-    np.testing.assert_allclose(rope_frequencies(config), their_frequencies(config), rtol=4e-6)
+    frequencies = np.asarray(rope_frequencies(config))
+    np.testing.assert_allclose(frequencies, their_frequencies(config), rtol=4e-6)
+    for dtype in ("float", "float32"):
+        monkeypatch.setattr(torch, dtype, torch.float64)
+    np.testing.assert_array_max_ulp(frequencies, their_frequencies(config).astype(np.float32), maxulp=1)
 
 
 def kept(config: Config) -> Vector:
