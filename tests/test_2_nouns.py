@@ -84,7 +84,8 @@ def test_published(name: str) -> None:
         hidden_dim=hidden_dim, ctx=ctx, eps=eps, theta=theta, rope_scaling=scaling, tied=tied,
     )  # fmt: skip
     assert CONFIGS[name] == expected
-    assert count(CONFIGS[name]) == parameters
+    assert count(expected) == parameters
+    check_axes(shapes(expected), expected)
 
 
 def test_config_is_a_constant() -> None:

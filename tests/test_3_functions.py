@@ -269,8 +269,10 @@ def their_frequencies(config: Config) -> Vector:
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 @pytest.mark.parametrize("head_dim", [10, 48, 64, 128])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_frequencies_as_in_transformers(name: str, head_dim: int, theta: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To a unit in the last place of float32, if transformers' powers are float64's: its own are up to 26 units off."""
+def test_frequencies_as_in_transformers(
+    name: str, head_dim: int, theta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a unit in the last place of float32, once transformers' powers are float64's: its own are 26 units off."""
     config = replace(SMALL, head_dim=head_dim, theta=theta, rope_scaling=SCALINGS[name], ctx=2**17)
     frequencies = np.asarray(rope_frequencies(config))
     np.testing.assert_allclose(frequencies, their_frequencies(config), rtol=4e-6)

@@ -12,7 +12,7 @@ import pytest
 from conftest import SMALL, jit
 from jax import numpy as jnp
 
-from lovely_llama import Config, Params, empty_cache, init, stack
+from lovely_llama import Config, Params, count, empty_cache, init, stack
 
 # Large enough that every matrix has more than 10,000 entries.
 LARGE = Config(150, 192, 3, 2, 4, 40, 130, 32, 1e-5, 1e4, None, False)
@@ -61,6 +61,10 @@ def test_a_tied_model_has_one_embedding() -> None:
     tied = jax.eval_shape(partial(init, config=replace(LARGE, tied=True)), jax.random.key(0))
     assert tied.unembed is None
     assert len(jax.tree.leaves(tied)) == 2 + 9 * LARGE.layers
+
+
+def test_count(params: Params) -> None:
+    assert count(LARGE) == sum(leaf.size for _, _, leaf in leaves(params))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 
 import lovely_llama
 
@@ -42,6 +43,12 @@ def test_commands_run(command: str) -> None:
 def test_the_parts_are_the_files() -> None:
     rulers = re.findall(r"^# ---- (\d+)\. ", Path(lovely_llama.__file__).read_text(), re.MULTILINE)
     assert re.findall(r"^\| (\d+) \|", README, re.MULTILINE) == ["1", *rulers]
+
+
+def test_the_faults_are_counted() -> None:
+    happened = len([mutant for mutant in MUTANTS if mutant.bug])
+    counts = re.search(r"puts (\d+) faults .*?: (\d+) that have .*?\s(\d+) of our own", README, re.DOTALL)
+    assert counts and [*map(int, counts.groups())] == [len(MUTANTS), happened, len(MUTANTS) - happened]
 
 
 def test_every_name_in_backticks_exists() -> None:
