@@ -42,7 +42,7 @@ MUTANTS = [
     Mutant("theta not passed", 3, "config.theta ** (2", "1e4 ** (2", 4),
     Mutant("llama3 scaling missing", 3, "if scaling is None:", 'if scaling is None or scaling.kind == "llama3":', 5),
     Mutant("yarn's ramp inverted", 3, "kept = 1 - (i - first)", "kept = (i - first)", 6),
-    Mutant("angles in bfloat16", 3, "return position.astype(f.dtype) * f", "return (position.astype(jnp.bfloat16) * f.astype(jnp.bfloat16)).astype(f.dtype)", 8),
+    Mutant("positions in bfloat16", 3, "* position.astype(f.dtype)", "* position.astype(jnp.bfloat16).astype(f.dtype)", 8),
     Mutant("eps of another model", 3, "lax.rsqrt(eps +", "lax.rsqrt(1e-6 +", 9),
     Mutant("the norm's mean in low precision", 3, "jnp.mean(wide(x) ** 2)", "jnp.mean(x**2).astype(jnp.float32)", 10),
     Mutant("norm over seq too", 4, "attention(w.attn, vmap(norm)(x),", "attention(w.attn, x * lax.rsqrt(config.eps + jnp.mean(x**2)) * w.attn_norm[None],", 11),
