@@ -533,7 +533,7 @@ def choose(
     return token, seen.at[token].set(True, mode="drop")
 
 
-# On a processor with 512-bit vectors the compiler uses half of each, unless told: a seventh of the speed of decoding.
+# Where vectors have 512 bits the compiler uses half of each unless told otherwise: some 7 % of the speed of decoding.
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 
 PREFILL = (512, 256, 64)  # prompts are read in pieces of these lengths, each compiled once; the last piece is padded
@@ -671,12 +671,8 @@ def generate(
     sampling = sampling or Sampling()
     sampling.check(config.vocab)
     max_new = config.ctx if max_new is None else max_new
-    check(
-        "max_new",
-        max_new,
-        type(max_new) is int and 0 <= max_new <= config.ctx,
-        f"a whole number from 0 to {config.ctx}",
-    )
+    enough = type(max_new) is int and 0 <= max_new <= config.ctx
+    check("max_new", max_new, enough, f"a whole number from 0 to {config.ctx}")
     check("seed", seed, type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to 4294967295")
     for text in stop:
         check("stop", "an empty text", bool(text), "a text")

@@ -180,6 +180,14 @@ def test_the_order_matters(chances: list[float], sampling: ll.Sampling, kept: in
     assert np.isfinite(np.asarray(logits)).tolist() == [True] * kept + [False] * (4 - kept)
 
 
+def test_sampling_is_in_float32_at_least() -> None:
+    """A bfloat16 divided by 3 is off by up to 2⁻⁹, and a penalty's quotient as much."""
+    logits, sampling = array(steep[:5]).astype(jnp.bfloat16), ll.Sampling(1.3, 3.0, None, 1.0)
+    got = sampling(logits, jnp.ones(5, bool))
+    assert got.dtype == jnp.float32
+    near(got, [float(x) for x in sampling(logits.astype(jnp.float32), jnp.ones(5, bool))])
+
+
 def test_sampling_that_changes_nothing_changes_nothing() -> None:
     logits = array(steep[:5])
     got = ll.Sampling(1.0, 1.0, None, 1.0, 0.0)(logits, jnp.ones(5, bool))
@@ -400,6 +408,27 @@ def test_why_it_ended(prompt: int, max_new: int | None, said: int, reason: str) 
     generation = ll.generate(counter([], ctx=16), [0] * prompt, max_new, GREEDY)
     assert len(list(generation)) == said == len(generation.tokens)
     assert generation.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("prompt", {"prompt": "a\ud800"}),
+        ("prompt", {"prompt": "a" * 10**6}),
+        ("tokens", {"prompt": [CONFIG.vocab]}),
+        ("temperature", {"sampling": ll.Sampling(temperature=-1.0)}),
+        ("max_new", {"max_new": -1}),
+        ("max_new", {"max_new": CONFIG.ctx + 1}),
+        ("seed", {"seed": 2**32}),
+        ("stop", {"stop": [""]}),
+        ("stop", {"stop": ["a", "\ud800"]}),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_the_door(model: ll.Model, field: str, wrong: dict[str, Any]) -> None:
+    """When it is asked for, before anything is generated; test_faults.py has all of it."""
+    with pytest.raises(ll.LlamaError) as caught:
+        ll.generate(model, **({"prompt": "abc", "max_new": 1} | wrong))
+    assert caught.value.field == field
 
 
 def test_one_seed_is_one_text(model: ll.Model) -> None:
