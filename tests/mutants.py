@@ -106,7 +106,7 @@ def tests_of(part: int) -> list[str]:
 
 
 def run(source: str, tests: list[str]) -> tuple[str, str]:
-    """Run tests on a source: ("killed", by what), ("crashed", at what) or ("survived", "")."""
+    """Run tests on a source: ("killed", by what), ("crashed", at what), ("hung", how long) or ("survived", "")."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         copy.mkdir()
@@ -116,7 +116,11 @@ def run(source: str, tests: list[str]) -> tuple[str, str]:
             (Path(folder) / "shared").symlink_to(shared)
         (copy / "lovely_llama.py").write_text(source)
         command = [sys.executable, "-B", "-m", "pytest", "-x", "--tb=line", *tests]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+        try:
+            env = {**os.environ, "PYTHONPATH": "."}
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=env, timeout=600)
+        except subprocess.TimeoutExpired:
+            return "hung", "no test ended it in ten minutes"
     if done.returncode == 0:
         return "survived", ""
     failed = re.search(r"^(FAILED|ERROR) \S*?/(\S+)(?: - (.*))?", done.stdout, re.MULTILINE)

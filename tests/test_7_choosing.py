@@ -491,6 +491,7 @@ def test_a_cache_ends_with_the_context(model: ll.Model, tokens: list[int], uncac
     config = replace(CONFIG, ctx=1101)
     session = ll.Session(model._replace(config=config))
     assert_close(session.feed(tokens[:1101]), uncached[1100], 1e-5, "logits after the last")
+    assert session.room == 1101 + ll.PREFILL[-1]
 
 
 def test_a_session_keeps_what_prompts_share(model: ll.Model, tokens: list[int], uncached: Any) -> None:
