@@ -1,6 +1,7 @@
 """Part 7, choosing: samplers against their definitions in plain Python, texts against the model without a cache."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -429,6 +430,13 @@ def test_what_makes_no_sense_is_refused_at_the_door(model: ll.Model, field: str,
     with pytest.raises(ll.LlamaError) as caught:
         ll.generate(model, **({"prompt": "abc", "max_new": 1} | wrong))
     assert caught.value.field == field
+
+
+def test_it_is_timed_from_the_beginning_to_each_token() -> None:
+    begun, generation = time.perf_counter(), script([b"a"] * 5)
+    assert "".join(generation) == "aaaaa"
+    assert len(generation.times) == 6
+    assert [begun, *generation.times] == sorted([*generation.times, begun])
 
 
 def test_one_seed_is_one_text(model: ll.Model) -> None:
