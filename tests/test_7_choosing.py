@@ -428,8 +428,15 @@ def test_why_it_ended(prompt: int, max_new: int | None, said: int, reason: str) 
 def test_what_makes_no_sense_is_refused_at_the_door(model: ll.Model, field: str, wrong: dict[str, Any]) -> None:
     """When it is asked for, before anything is generated; test_faults.py has all of it."""
     with pytest.raises(ll.LlamaError) as caught:
-        ll.generate(model, **({"prompt": "abc", "max_new": 1} | wrong))
+        options: dict[str, Any] = {"prompt": "abc", "max_new": 1} | wrong
+        ll.generate(model, **options)
     assert caught.value.field == field
+
+
+def test_logits_that_are_not_finite_end_a_generation(model: ll.Model) -> None:
+    broken = model._replace(params=model.params._replace(norm=model.params.norm * math.nan))
+    with pytest.raises(FloatingPointError, match="position 3"):
+        next(ll.generate(broken, "abc", 1))
 
 
 def test_it_is_timed_from_the_beginning_to_each_token() -> None:
