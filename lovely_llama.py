@@ -1012,11 +1012,10 @@ def rope_scaling(fields: Mapping[str, Any], file: object) -> RopeScaling | None:
         return RopeScaling(kind, factor)
     ctx = number("original_max_position_embeddings")
     check("rope_scaling.original_max_position_embeddings", ctx, type(ctx) is int, "a whole number", file)
-    ctx = int(ctx)
     if kind == "llama3":
-        return RopeScaling(kind, factor, ctx, number("low_freq_factor"), number("high_freq_factor"))
+        return RopeScaling(kind, factor, int(ctx), number("low_freq_factor"), number("high_freq_factor"))
     sharper = number("attention_factor", 0.1 * math.log(factor) + 1)  # arXiv:2309.00071, eq. (22)
-    return RopeScaling(kind, factor, ctx, number("beta_slow", 1), number("beta_fast", 32), sharper)
+    return RopeScaling(kind, factor, int(ctx), number("beta_slow", 1), number("beta_fast", 32), sharper)
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -1105,7 +1104,7 @@ def load_llama2c(file: BinaryIO, path: Path) -> Model:
 
 
 def gguf_field(fields: Mapping[str, Any], name: str, path: Path, *default: Any) -> Any:
-    """A GGUF's value under a key, of the type its default or its name asks for."""
+    """A GGUF's value under a key, or the default where there is one."""
     check(name, "nothing", name in fields or bool(default), "a value", path)
     return fields.get(name, *default)
 
