@@ -66,7 +66,7 @@ def test_loss_is_float32_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_linear_in_seq() -> None:
-    """Of the gradients, in the compiler's words: with attention's scores, seq² of them, it was 3.7 times for twice seq."""
+    """By the compiler's figures; with all of attention's scores kept, gradients took 3.7 times for twice the seq."""
 
     def temporary(seq: int) -> int:
         tokens = jax.ShapeDtypeStruct((seq,), jnp.int32)
