@@ -137,7 +137,7 @@ Position = Int[Array, ""] | int
 
 # ---- 3. Functions of one vector --------------------------------------------------------------------------------------
 
-BLOCK = 256  # keys read at a time: enough to keep a processor busy, few enough not to read far past the last one filled
+BLOCK = 256  # keys read at a time, half as many by a lone token: enough to be busy with, few beyond the last one filled
 
 
 def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -204,16 +204,16 @@ def softmax(scores: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def attend(
     q: Float[Array, " head_dim"], keys: Float[Array, "ctx head_dim"], values: Float[Array, "ctx head_dim"],
-    position: Position, filled: Position | None = None,
+    position: Position, filled: Position | None = None, size: int = BLOCK,
 ) -> Float[Array, " head_dim"]:  # fmt: skip
     """Average the values seen from a position, each as heavy as its key is like the query.
 
         softmax(q Kᵀ / √d) V,  over the keys at positions ≤ the query's
 
-    Vaswani et al. 2017, arXiv:1706.03762, eq. (1), its sums folded over blocks of keys: Milakov & Gimelshein 2018,
+    Vaswani et al. 2017, arXiv:1706.03762, eq. (1), its sums folded, `size` keys at a time: Milakov & Gimelshein 2018,
     arXiv:1805.02867, alg. 3; Rabe & Staats 2021, arXiv:2112.05682, §2. Blocks from position `filled` on are not read.
     """
-    (ctx, head_dim), size = keys.shape, min(BLOCK, len(keys))
+    (ctx, head_dim), size = keys.shape, min(size, len(keys))
 
     def fold(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = state
@@ -259,7 +259,7 @@ def attention(
     Vaswani et al. 2017, §3.2.2; query heads share keys and values as in Ainslie et al. 2023, arXiv:2305.13245, §2.2.
     YaRN sharpens the scores, arXiv:2309.00071, §3.4, here by scaling the query alone.
     """
-    positions = start + jnp.arange(len(x))
+    positions, size = start + jnp.arange(len(x)), BLOCK if len(x) > 1 else BLOCK // 2
     sharpness = config.rope_scaling.attention_factor**2 if config.rope_scaling else 1.0
 
     def group(w_q: Array, w_k: Array, w_v: Array, keys: Array, values: Array) -> tuple[Array, Array, Array]:
@@ -268,7 +268,7 @@ def attention(
 
         def head(w_q: Float[Array, "head_dim dim"]) -> Float[Array, "seq head_dim"]:
             def token(x: Float[Array, " dim"], angles: Float[Array, " pairs"], position: Int[Array, ""]) -> Array:
-                return attend(sharpness * rope(w_q @ x, angles), keys, values, position, start + len(positions))
+                return attend(sharpness * rope(w_q @ x, angles), keys, values, position, start + len(positions), size)
 
             return vmap(token)(x, angles, positions)
 
@@ -1227,8 +1227,8 @@ def load_gguf(file: BinaryIO, path: Path) -> Model:
     def get(name: str) -> Float[np.ndarray, "..."]:
         shape, kind, _ = found[name]
         file.seek(places[name][0])
-        # The package takes 16 rows at a time. Blocks know nothing of rows, so a few long ones save most of its time.
-        raw = np.fromfile(file, np.uint8, places[name][1]).reshape(math.gcd(math.prod(shape[:-1]), 64), -1)
+        # The package takes 16 rows at a time. Blocks know nothing of rows, so these may be as long as a cache likes.
+        raw = np.fromfile(file, np.uint8, places[name][1]).reshape(math.gcd(math.prod(shape[:-1]), 2048), -1)
         try:
             return finite(lib.quants.dequantize(raw, lib.GGMLQuantizationType(kind)), name, path)
         except NotImplementedError as error:

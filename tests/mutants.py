@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant("norm over seq too", 4, "attention(w.attn, vmap(norm)(x),", "attention(w.attn, x * lax.rsqrt(config.eps + jnp.mean(x**2)) * w.attn_norm[None],", 11),
     Mutant("rotation without its sines", 3, "[a * cos - b * sin, a * sin + b * cos]", "[a * cos, b * cos]", 12),
     Mutant("a tied model untied", 5, "None if config.tied else embed)", "embed)", 13),
-    Mutant("a row knows nothing of its start", 4, "positions = start + jnp.arange(len(x))", "positions = jnp.arange(len(x))", 14),
+    Mutant("a row knows nothing of its start", 4, "positions, size = start + jnp.arange(len(x))", "positions, size = jnp.arange(len(x))", 14),
     Mutant("id 0 taken for padding", 4, "params.embed[tokens], params.blocks", "params.embed[tokens] * (tokens != 0)[:, None].astype(params.embed.dtype), params.blocks", 15),
     Mutant("a block with nothing to see is NaN", 3, "jnp.ceil(jnp.maximum(top, scores.max()))", "jnp.ceil(scores.max())", 16),
     Mutant("cache written one late", 4, "(values, v, start, axis=0)", "(values, v, start + 1, axis=0)", 17),

@@ -365,8 +365,10 @@ def test_attend(ctx: int) -> None:
         unread = [jnp.array(q), *(jnp.array(rows).at[read:].set(jnp.nan) for rows in (keys, values))]
         assert_close(traced(position, *unread), want, 1e-5, f"traced, filled to {position}")
         if position in (BLOCK - 1, BLOCK, CTX - 1):  # an integer is a constant, and compiled for itself
-            filled = partial(attend, position=position, filled=position + 1)
-            assert_close(filled(*unread), want, 1e-5, f"filled to {position}")
+            filled = partial(attend, position=position, filled=position + 1, size=BLOCK)
+            assert_close(filled(unread[0], unread[1], unread[2]), want, 1e-5, f"filled to {position}")
+            few = filled(unread[0], jnp.array(keys), jnp.array(values), size=37)
+            assert_close(few, want, 1e-5, f"37 keys at a time, filled to {position}")
 
 
 def test_attend_does_not_see_what_comes_after() -> None:

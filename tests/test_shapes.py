@@ -61,7 +61,7 @@ def arguments(name: str) -> dict[str, Any]:
     cache = caches[0] if name in ("attention", "block") else caches
     known = {
         "w": w, "params": params, "config": SMALL, "cache": cache, "start": jnp.array(0), "eps": 1e-5,
-        "position": jnp.array(3), "filled": None, "rng": jax.random.key(0), "blocks": blocks,
+        "position": jnp.array(3), "filled": None, "size": 4, "rng": jax.random.key(0), "blocks": blocks,
         "layer": lambda x, w, cache: (x, cache), "last": jnp.array(2), "penalty": 1.5, "t": 0.5, "k": 3, "p": 0.5,
         "sampling": ll.Sampling(),
     }  # fmt: skip
