@@ -329,9 +329,9 @@ def hidden_states(
 
 
 def readout(params: Params, x: Float[Array, " dim"], config: Config) -> Float[Array, " vocab"]:
-    """The logits of the token to come: U norm(x), U being E itself in a tied model (arXiv:1608.05859)."""
+    """The logits of the token to come: ⟨norm(x), Uₜ⟩ for each token t, U being E in a tied model (arXiv:1608.05859)."""
     unembed = params.embed if params.unembed is None else params.unembed
-    return unembed @ rms_norm(x, params.norm, config.eps)
+    return jnp.inner(rms_norm(x, params.norm, config.eps), unembed)  # of many x: a row for each, as `loss` reads them
 
 
 def llama(

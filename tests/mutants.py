@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant("halves in parallel", 4, "vmap(feed_forward)(x), cache", "vmap(feed_forward)(x - answer), cache"),
     Mutant("norms mixed up", 4, "rms_norm(x, w.ffn_norm", "rms_norm(x, w.attn_norm"),
     Mutant("layers reversed", 4, "zip(blocks, cache,", "zip(blocks[::-1], cache,"),
-    Mutant("last norm dropped", 4, "unembed @ rms_norm(x, params.norm, config.eps)", "unembed @ x"),
+    Mutant("last norm dropped", 4, "rms_norm(x, params.norm, config.eps), unembed)", "x, unembed)"),
     Mutant("embedding scaled", 4, "layer, params.embed[tokens],", "layer, params.embed[tokens] * config.dim**0.5,"),
     Mutant("the prompt's last token read twice", 7, "min(len(self.tokens), len(tokens) - 1))", "min(len(self.tokens), len(tokens) - 2))"),
     Mutant("count forgets a layer", 5, "(config.layers - 1) * sizes[1]", "(config.layers - 2) * sizes[1]"),
