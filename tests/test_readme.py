@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import BEGIN, END, ROWS
 from mutants import MUTANTS
 
 import lovely_llama
@@ -62,3 +63,12 @@ def test_the_maths_is_short_and_plain() -> None:
     maths = Path(lovely_llama.__file__).read_text().split("# ---- 6. ")[0]
     assert len([line for line in maths.splitlines() if line.strip()]) <= 300
     assert not re.search("jit|grad|batch", maths)
+
+
+def test_the_table_of_speed_has_every_row_and_floor() -> None:
+    """Its figures are of one machine, on one day; ./dev bench --write makes others."""
+    table = README.split(BEGIN)[1].split(END)[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines() if line[:1] == "|"]
+    shown = {(work, floor.removesuffix(" **missed**")) for work, _, _, _, _, floor, _ in lines[2:]}
+    expected = {(work, floor) for work, (_, floors) in ROWS.items() for floor in floors.values()}
+    assert {row for row in shown if row[1] != "–"} == expected, "README.md is stale: run ./dev bench --write"
