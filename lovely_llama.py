@@ -262,23 +262,22 @@ def attention(
     positions, size = start + jnp.arange(len(x)), BLOCK if len(x) > 1 else BLOCK // 2
     sharpness = config.rope_scaling.attention_factor**2 if config.rope_scaling else 1.0
 
-    def group(w_q: Array, w_k: Array, w_v: Array, keys: Array, values: Array) -> tuple[Array, Array, Array]:
-        def remember(x: Float[Array, " dim"], angles: Float[Array, " pairs"]) -> tuple[Array, Array]:
-            return rope(w_k @ x, angles), w_v @ x
+    def remember(w_k: Float[Array, "head_dim dim"], w_v: Float[Array, "head_dim dim"]) -> Cache:
+        return vmap(lambda x, angles: Cache(rope(w_k @ x, angles), w_v @ x))(x, angles)
 
+    def group(w_q: Float[Array, "q_per_kv head_dim dim"], keys: Array, values: Array) -> Array:
         def head(w_q: Float[Array, "head_dim dim"]) -> Float[Array, "seq head_dim"]:
             def token(x: Float[Array, " dim"], angles: Float[Array, " pairs"], position: Int[Array, ""]) -> Array:
                 return attend(sharpness * rope(w_q @ x, angles), keys, values, position, start + len(positions), size)
 
             return vmap(token)(x, angles, positions)
 
-        k, v = vmap(remember)(x, angles)
-        keys = lax.dynamic_update_slice_in_dim(keys, k, start, axis=0)
-        values = lax.dynamic_update_slice_in_dim(values, v, start, axis=0)
-        return vmap(head)(w_q), keys, values
+        return vmap(head)(w_q)
 
-    heads, keys, values = vmap(group)(w.q, w.k, w.v, *cache)
-    return vmap(lambda heads: jnp.tensordot(w.o, heads, 3))(jnp.moveaxis(heads, 2, 0)), Cache(keys, values)
+    write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+    cache = jax.tree.map(write, cache, vmap(remember)(w.k, w.v))
+    heads = vmap(group)(w.q, *cache)
+    return vmap(lambda heads: jnp.tensordot(w.o, heads, 3))(jnp.moveaxis(heads, 2, 0)), cache
 
 
 def block(
@@ -290,21 +289,18 @@ def block(
     Touvron et al. 2023, arXiv:2302.13971, §2.2; the norm goes first, Xiong et al. 2020, arXiv:2002.04745, fig. 1(b).
     """
 
-    def norm(x: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        return rms_norm(x, w.attn_norm, config.eps)
-
     def feed_forward(x: Float[Array, " dim"]) -> Float[Array, " dim"]:
         return swiglu(rms_norm(x, w.ffn_norm, config.eps), *w.ffn)
 
-    answer, cache = attention(w.attn, vmap(norm)(x), angles, cache, start, config)
+    normed = vmap(lambda x: rms_norm(x, w.attn_norm, config.eps))(x)
+    answer, cache = attention(w.attn, normed, angles, cache, start, config)
     x = x + answer
     return x + vmap(feed_forward)(x), cache
 
 
 def fold_layers(
-    layer: Callable[[Array, Any, Any], tuple[Array, Cache]], x: Float[Array, "seq dim"],
-    blocks: tuple[Block, ...] | Block, cache: Caches,
-) -> tuple[Float[Array, "seq dim"], Caches]:  # fmt: skip
+    layer: Callable[..., Any], x: Float[Array, "seq dim"], blocks: tuple[Block, ...] | Block, cache: Caches
+) -> tuple[Float[Array, "seq dim"], Caches]:
     """Send x through the layers: one after the other in a tuple, by a scan (compiled once for all) when stacked."""
     if isinstance(blocks, Block):
         return lax.scan(lambda x, both: layer(x, *both), x, (blocks, cache))
@@ -315,17 +311,20 @@ def fold_layers(
     return x, tuple(caches)
 
 
+def embed_tokens(
+    params: Params, tokens: Int[Array, " seq"], start: Position, config: Config
+) -> tuple[Float[Array, "seq dim"], Float[Array, "seq pairs"]]:
+    """What all layers start from: each token's row of E, and the angles at positions start, start + 1, …"""
+    return params.embed[tokens], vmap(lambda i: rope_angles(start + i, config))(jnp.arange(len(tokens)))
+
+
 def hidden_states(
     params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config
 ) -> tuple[Float[Array, "seq dim"], Caches]:
     """What the layers make of tokens at positions start, start + 1, …: all of `llama` but the readout."""
-
-    def layer(x: Float[Array, "seq dim"], w: Block, cache: Cache) -> tuple[Float[Array, "seq dim"], Cache]:
-        return block(w, x, angles, cache, start, config)
-
-    layer = jax.checkpoint(layer, policy=KEPT)  # traced once for all layers; part 6 says what is kept
-    angles = vmap(lambda position: rope_angles(position, config))(start + jnp.arange(len(tokens)))
-    return fold_layers(layer, params.embed[tokens], params.blocks, cache)
+    x, angles = embed_tokens(params, tokens, start, config)
+    layer = jax.checkpoint(lambda x, w, cache: block(w, x, angles, cache, start, config), policy=KEPT)  # see part 6
+    return fold_layers(layer, x, params.blocks, cache)
 
 
 def readout(params: Params, x: Float[Array, " dim"], config: Config) -> Float[Array, " vocab"]:
@@ -407,7 +406,7 @@ def stack(layers: tuple[Any, ...]) -> Any:
 # ---- 6. Learning -----------------------------------------------------------------------------------------------------
 
 # What a layer keeps for its derivative: products with weights, of size seq. The rest is cheap to compute once more, and
-# so attention's scores, which are as many as seq², are never all there.
+# so attention's scores, which are as many as seq², are never all there. Such a layer is also traced once for all.
 KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
@@ -539,14 +538,31 @@ WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 PREFILL = (512, 256, 64)  # prompts are read in pieces of these lengths, each compiled once; the last piece is padded
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="cache", compiler_options=WIDE_VECTORS)
+# One program for a layer serves all of them: it is compiled, kept and loaded once, however deep the model.
+program = partial(jax.jit, static_argnames="config", compiler_options=WIDE_VECTORS)
+read_tokens, read_layer = program(embed_tokens), program(block, donate_argnames=("x", "cache"))
+
+
+@program
+def read_out(
+    params: Params, x: Float[Array, "seq dim"], last: Int[Array, ""], config: Config
+) -> Float[Array, " vocab"]:  # fmt: skip
+    return readout(params, x[last], config)
+
+
 def read(
     params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Int[Array, ""], last: Int[Array, ""],
     config: Config,
 ) -> tuple[Float[Array, " vocab"], Caches]:  # fmt: skip
     """`llama`, but the logits after one of its tokens only. What is beyond it is padding, and overwritten later."""
-    x, cache = hidden_states(params, tokens, cache, start, config)
-    return readout(params, x[last], config), cache
+
+    def layer(x: Float[Array, "seq dim"], w: Block, cache: Cache) -> tuple[Float[Array, "seq dim"], Cache]:
+        return read_layer(w, x, angles, cache, start, config)
+
+    ends = params._replace(blocks=())  # to hand over what is not needed takes time as well
+    x, angles = read_tokens(ends, tokens, start, config)
+    x, cache = fold_layers(layer, x, params.blocks, cache)
+    return read_out(ends, x, last, config), cache
 
 
 class Session:
@@ -569,19 +585,19 @@ class Session:
         while True:
             size = 1 if len(tokens) == 1 else next((size for size in PREFILL if size <= len(tokens)), PREFILL[-1])
             piece, tokens = tokens[:size], tokens[size:]
-            padded, start = np.array([*piece, *[0] * (size - len(piece))], np.int32), np.int32(len(self.tokens))
-            last = np.int32(len(piece) - 1)
+            padded, start, last = [*piece, *[0] * (size - len(piece))], len(self.tokens), len(piece) - 1
+            padded, start, last = (jnp.asarray(np.array(n, np.int32)) for n in (padded, start, last))
             logits, self.cache = read(self.model.params, padded, self.cache, start, last, self.model.config)
             self.tokens += piece
             if not tokens:
                 return logits
 
     def reserve(self, length: int) -> None:
-        """Have room for `length` tokens and the padding behind: 1024 at first, then doubled, to the end of the context.
+        """Have room for `length` tokens and the padding behind: 256 at first, then doubled, to the end of the context.
 
         Writing past the end would not raise: `dynamic_update_slice` moves it back, over what is there.
         """
-        config, room = self.model.config, 1024
+        config, room = self.model.config, 256
         while room < length + PREFILL[-1]:
             room *= 2
         room = min(room, config.ctx + PREFILL[-1])
@@ -610,7 +626,7 @@ class Generation(Iterator[str]):
         config, tokenizer = self.session.model.config, self.session.model.tokenizer
         stops = {tokenizer.specials[text] for text in stop if text in tokenizer.specials} | tokenizer.stops
         rng, new = jax.random.key(seed), self.session.rewind(self.prompt)
-        seen = jnp.zeros(config.vocab, bool).at[np.array(self.prompt)].set(True)
+        seen = np.bincount(self.prompt, minlength=config.vocab) > 0
         self.times = [time.perf_counter()]
         for position in range(len(self.prompt), config.ctx):
             if len(self.tokens) == max_new:
@@ -951,7 +967,7 @@ def from_named(names: Mapping[str, str], get: Callable[[str], Any], config: Conf
         if names is HF and path[-1].name in "qk":  # all pairs' first members come before their second ones
             *heads, width, dim = leaf.shape
             array = array.reshape(*heads, 2, width // 2, dim).swapaxes(-3, -2)
-        return jnp.array(array.reshape(leaf.shape))
+        return jnp.asarray(array.reshape(leaf.shape), array.dtype)
 
     return jax.tree.map_with_path(of, shapes(config))
 
@@ -971,8 +987,8 @@ def to_named(names: Mapping[str, str], params: Params) -> dict[str, Float[np.nda
 
 
 def from_llama2c(arrays: Mapping[str, Any], config: Config) -> Params:
-    """Parameters from arrays named as in llama2.c's model.py: each a pure reshape."""
-    return from_named(LLAMA2C, arrays.__getitem__, config)
+    """Parameters from arrays named as in llama2.c's model.py: each a pure reshape, and a copy."""
+    return from_named(LLAMA2C, lambda name: jnp.array(arrays[name]), config)
 
 
 def to_llama2c(params: Params, config: Config) -> dict[str, Float[np.ndarray, "..."]]:
@@ -982,7 +998,7 @@ def to_llama2c(params: Params, config: Config) -> dict[str, Float[np.ndarray, ".
 
 def from_hf(arrays: Mapping[str, Any], config: Config) -> Params:
     """Parameters from arrays named as in transformers' LlamaForCausalLM, the rows of q and k put back in pairs."""
-    return from_named(HF, arrays.__getitem__, config)
+    return from_named(HF, lambda name: jnp.array(arrays[name]), config)
 
 
 def to_hf(params: Params, config: Config) -> dict[str, Float[np.ndarray, "..."]]:
@@ -1401,7 +1417,7 @@ def run() -> int:
         stream.reconfigure(errors="backslashreplace")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lovely-llama"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return main()
 
 

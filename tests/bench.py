@@ -138,6 +138,7 @@ class Pair(NamedTuple):
 
     def ours(self, n: int) -> list[int]:
         """As `generate` reads them, into a cache for 1024, but for its random draw."""
+        self.session.reserve(1024 - ll.PREFILL[-1])
         tokens = self.session.rewind([1])
         for _ in range(n):
             tokens.append(int(np.asarray(self.session.feed(tokens[-1:])).argmax()))
@@ -245,11 +246,12 @@ def decode_far(turns: int, name: str) -> Iterator[Against]:
 
     def at(ctx: int) -> Work:
         cache: ll.Caches = ll.empty_cache(config, ctx, jnp.float32)
+        tokens, start, last = jnp.ones(1, jnp.int32), jnp.array(64), jnp.array(0)
 
         def work() -> None:
             nonlocal cache
             for _ in range(20):
-                logits, cache = ll.read(params, np.ones(1, np.int32), cache, np.int32(64), np.int32(0), config)
+                logits, cache = ll.read(params, tokens, cache, start, last, config)
                 np.asarray(logits).argmax()
 
         return lambda: 1000 * seconds(work) / 20
@@ -311,7 +313,8 @@ def memory(_: int, work: str) -> Iterator[Against]:
         config, scalar = replace(ll.CONFIGS["stories15m"], ctx=seq), jax.ShapeDtypeStruct((), jnp.int32)
         params, tokens = ll.shapes(config), jax.ShapeDtypeStruct((seq,), jnp.int32)
         room = jax.eval_shape(partial(ll.empty_cache, config, seq, jnp.float32))
-        prefill = partial(ll.read.lower, params, tokens, room, scalar, scalar, config)
+        x, angles = jax.eval_shape(partial(ll.embed_tokens, config=config), params, tokens, scalar)
+        prefill = partial(ll.read_layer.lower, params.blocks[0], x, angles, room[0], scalar, config)
         lowered = prefill() if work == "prefill" else gradients(config).lower(params, tokens, tokens)
         analysis = lowered.compile().memory_analysis()
         assert analysis

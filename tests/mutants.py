@@ -45,13 +45,13 @@ MUTANTS = [
     Mutant("positions in bfloat16", 3, "* position.astype(f.dtype)", "* position.astype(jnp.bfloat16).astype(f.dtype)", 8),
     Mutant("eps of another model", 3, "lax.rsqrt(eps +", "lax.rsqrt(1e-6 +", 9),
     Mutant("the norm's mean in low precision", 3, "jnp.mean(wide(x) ** 2)", "jnp.mean(x**2).astype(jnp.float32)", 10),
-    Mutant("norm over seq too", 4, "attention(w.attn, vmap(norm)(x),", "attention(w.attn, x * lax.rsqrt(config.eps + jnp.mean(x**2)) * w.attn_norm[None],", 11),
+    Mutant("norm over seq too", 4, "attention(w.attn, normed,", "attention(w.attn, x * lax.rsqrt(config.eps + jnp.mean(x**2)) * w.attn_norm[None],", 11),
     Mutant("rotation without its sines", 3, "[a * cos - b * sin, a * sin + b * cos]", "[a * cos, b * cos]", 12),
     Mutant("a tied model untied", 5, "None if config.tied else embed)", "embed)", 13),
     Mutant("a row knows nothing of its start", 4, "positions, size = start + jnp.arange(len(x))", "positions, size = jnp.arange(len(x))", 14),
-    Mutant("id 0 taken for padding", 4, "params.embed[tokens], params.blocks", "params.embed[tokens] * (tokens != 0)[:, None].astype(params.embed.dtype), params.blocks", 15),
+    Mutant("id 0 taken for padding", 4, "return params.embed[tokens],", "return params.embed[tokens] * (tokens != 0)[:, None].astype(params.embed.dtype),", 15),
     Mutant("a block with nothing to see is NaN", 3, "jnp.ceil(jnp.maximum(top, scores.max()))", "jnp.ceil(scores.max())", 16),
-    Mutant("cache written one late", 4, "(values, v, start, axis=0)", "(values, v, start + 1, axis=0)", 17),
+    Mutant("cache written one late", 4, "start_index=start,", "start_index=start + 1,", 17),
     Mutant("two BOS", 8, "return bos + self.encode", "return bos + bos + self.encode", 18),
     Mutant("one EOS of several", 8, "frozenset({*ends, eos} - {None})", "frozenset({eos} - {None})", 19),
     Mutant("a character's last bytes lost", 7, 'getincrementaldecoder("utf-8")("replace")', 'getincrementaldecoder("utf-8")("ignore")', 20),
@@ -78,7 +78,7 @@ MUTANTS = [
     Mutant("norms mixed up", 4, "rms_norm(x, w.ffn_norm", "rms_norm(x, w.attn_norm"),
     Mutant("layers reversed", 4, "zip(blocks, cache,", "zip(blocks[::-1], cache,"),
     Mutant("last norm dropped", 4, "rms_norm(x, params.norm, config.eps), unembed)", "x, unembed)"),
-    Mutant("embedding scaled", 4, "layer, params.embed[tokens],", "layer, params.embed[tokens] * config.dim**0.5,"),
+    Mutant("embedding scaled", 4, "return params.embed[tokens],", "return params.embed[tokens] * config.dim**0.5,"),
     Mutant("the prompt's last token read twice", 7, "min(len(self.tokens), len(tokens) - 1))", "min(len(self.tokens), len(tokens) - 2))"),
     Mutant("count forgets a layer", 5, "(config.layers - 1) * sizes[1]", "(config.layers - 2) * sizes[1]"),
     Mutant("ignored targets counted", 6, "targets.reshape(-1) >= 0", "targets.reshape(-1) >= -1"),
@@ -94,11 +94,6 @@ MUTANTS = [
     Mutant("the stop text is shown", 7, "held[: min(ends)]", "held"),
     Mutant("the cache is not moved when it grows", 7, "if self.cache:", "if not self.room:"),
 ]  # fmt: skip
-
-# What can be left out of parts 2 to 7 with no test failing, and why no test should.
-HARMLESS = {
-    "layer = jax.checkpoint": "the values are the same, and memory as linear; the layers are only traced one by one",
-}
 
 
 def tests_of(part: int) -> list[str]:
@@ -176,11 +171,10 @@ def main() -> int:
         if args.lines:
             found = list({source: (part, text, source) for part, text, source in statements()}.values())
             for (part, text, _), (end, _) in zip(found, pool.map(leave_out, found), strict=True):
-                reason = next((why for start, why in HARMLESS.items() if text.startswith(start)), "")
-                survivors += end == "survived" and not reason
+                survivors += end == "survived"
                 if end == "survived":
-                    print(f"survived   part {part}: {text}   {reason or 'NO REASON KNOWN'}", flush=True)
-            print(f"{len(found)} statements left out, {survivors} survived without a reason")
+                    print(f"survived   part {part}: {text}", flush=True)
+            print(f"{len(found)} statements left out, {survivors} survived")
             return int(survivors > 0)
         chosen = [m for m in MUTANTS if not args.names or m.name in args.names]
         for mutant, (end, by) in zip(chosen, pool.map(judge, chosen), strict=True):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -497,7 +497,7 @@ def test_a_cache_that_grows_forgets_nothing(model: ll.Model, tokens: list[int], 
         assert_close(session.feed(tokens[first:last]), uncached[last - 1], 1e-5, f"logits after {last}")
         rooms.append(session.room)
         assert last + 64 <= session.room <= CONFIG.ctx + 64
-        assert {cache.keys.shape[1] for cache in session.cache} == {session.room}
+        assert {keys.shape[1] for keys, _ in session.cache} == {session.room}
     assert len(set(rooms)) > 1
 
 
@@ -530,7 +530,11 @@ def test_a_session_gives_the_texts_of_fresh_ones(model: ll.Model) -> None:
 
 
 def test_a_new_length_is_no_new_program(model: ll.Model, tokens: list[int]) -> None:
-    size: Callable[[], int] = ll.read._cache_size  # pyright: ignore
+    programs = ll.read_tokens, ll.read_layer, ll.read_out
+
+    def size() -> list[int]:
+        return [program._cache_size() for program in programs]  # pyright: ignore
+
     for length in (512, 256, 64, 1):
         ll.Session(model).feed(tokens[:length])
     before = size()

@@ -1003,8 +1003,8 @@ def at_most(seconds: float) -> Generator[None]:
 def forget_programs(guards: dict[str, str]) -> None:
     """What was compiled with a guard, or without, is not run again."""
     if guards.keys() & {"attend", "jnp", "temperature", "wide"}:
-        ll.choose.clear_cache()
-        ll.read.clear_cache()
+        for compiled in (ll.choose, ll.read_tokens, ll.read_layer, ll.read_out):
+            compiled.clear_cache()
 
 
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in CASES[case].variants])
