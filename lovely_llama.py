@@ -574,6 +574,8 @@ class Session:
 
     def rewind(self, tokens: Sequence[int]) -> list[int]:
         """Forget what `tokens` do not begin with, and return what of them is yet to be read: one at least."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):  # donated to a `read` that was interrupted
+            self.tokens, self.room, self.cache = list[int](), 0, ()
         pairs = zip(self.tokens, tokens[:-1], strict=False)
         known = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(self.tokens), len(tokens) - 1))
         del self.tokens[known:]

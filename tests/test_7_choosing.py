@@ -529,6 +529,24 @@ def test_a_session_gives_the_texts_of_fresh_ones(model: ll.Model) -> None:
         assert "".join(ll.generate(model, prompt, 12, sampling, 1, session=session)) == fresh
 
 
+def test_a_session_outlives_an_interruption(model: ll.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layers one has already written into its cache, which is not there any more."""
+    session, layer, calls = ll.Session(model), ll.read_layer, list[int]()
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return layer(*args)
+
+    fresh = "".join(ll.generate(model, "abc", 12, HOT, 1))
+    monkeypatch.setattr(ll, "read_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        "".join(ll.generate(model, "abc", 12, HOT, 1, session=session))
+    assert session.tokens
+    assert "".join(ll.generate(model, "abc", 12, HOT, 1, session=session)) == fresh
+
+
 def test_a_new_length_is_no_new_program(model: ll.Model, tokens: list[int]) -> None:
     programs = ll.read_tokens, ll.read_layer, ll.read_out
 
