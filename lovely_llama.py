@@ -551,15 +551,16 @@ def read_out(
 
 
 def read(
-    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Int[Array, ""], last: Int[Array, ""],
-    config: Config,
+    params: Params, tokens: Int[Array | np.ndarray, " seq"], cache: Caches, start: Int[Array | np.ndarray, ""],
+    last: Int[Array | np.ndarray, ""], config: Config,
 ) -> tuple[Float[Array, " vocab"], Caches]:  # fmt: skip
     """`llama`, but the logits after one of its tokens only. What is beyond it is padding, and overwritten later."""
 
     def layer(x: Float[Array, "seq dim"], w: Block, cache: Cache) -> tuple[Float[Array, "seq dim"], Cache]:
         return read_layer(w, x, angles, cache, start, config)
 
-    ends = params._replace(blocks=())  # to hand over what is not needed takes time as well
+    # To hand things over takes time: no layers to those that need none, and start not anew to each of them.
+    ends, start = params._replace(blocks=()), jnp.asarray(start)
     x, angles = read_tokens(ends, tokens, start, config)
     x, cache = fold_layers(layer, x, params.blocks, cache)
     return read_out(ends, x, last, config), cache
@@ -588,7 +589,7 @@ class Session:
             size = 1 if len(tokens) == 1 else next((size for size in PREFILL if size <= len(tokens)), PREFILL[-1])
             piece, tokens = tokens[:size], tokens[size:]
             padded, start, last = [*piece, *[0] * (size - len(piece))], len(self.tokens), len(piece) - 1
-            padded, start, last = (jnp.asarray(np.array(n, np.int32)) for n in (padded, start, last))
+            padded, start, last = (np.array(n, np.int32) for n in (padded, start, last))
             logits, self.cache = read(self.model.params, padded, self.cache, start, last, self.model.config)
             self.tokens += piece
             if not tokens:
