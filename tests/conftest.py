@@ -73,6 +73,14 @@ def value_and_gradient(function: Callable[..., Any], config: Config, args: Any, 
     return value, pull(cotangents)[0]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What programs started here compile and keep is kept out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def read_recording(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     with safe_open(LLAMA2_C / f"{name}.safetensors", "np") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118

@@ -115,6 +115,19 @@ def seeded(talker: Path) -> Done:
     return say(talker, "--seed", 7)
 
 
+def test_a_second_start_compiles_nothing(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every program is kept, or the compiler would be loaded for the least of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    counts = list[tuple[int, int]]()
+    for _ in range(2):
+        said = say(talker).err
+        counts.append((said.count("Compiling jit("), said.count("Persistent compilation cache hit")))
+    (wanted, found), (wanted_again, found_again) = counts
+    assert found < wanted
+    assert 0 < wanted_again == found_again
+
+
 def test_a_seed_is_a_text(talker: Path, seeded: Done) -> None:
     assert len(seeded.out.strip()) == 40
     assert say(talker, "--seed", 7).out == seeded.out
