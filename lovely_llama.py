@@ -554,7 +554,10 @@ def read(
     params: Params, tokens: Int[Array | np.ndarray, " seq"], cache: Caches, start: Int[Array | np.ndarray, ""],
     last: Int[Array | np.ndarray, ""], config: Config,
 ) -> tuple[Float[Array, " vocab"], Caches]:  # fmt: skip
-    """`llama`, but the logits after one of its tokens only. What is beyond it is padding, and overwritten later."""
+    """`llama`, but the logits after one of its tokens only. What is beyond it is padding, and overwritten later.
+
+    The programs above in turn, of layers in a tuple. It is not to be traced: a program with options is in no other.
+    """
 
     def layer(x: Float[Array, "seq dim"], w: Block, cache: Cache) -> tuple[Float[Array, "seq dim"], Cache]:
         return read_layer(w, x, angles, cache, start, config)
