@@ -537,7 +537,6 @@ WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 
 PREFILL = (512, 256, 64)  # prompts are read in pieces of these lengths, each compiled once; the last piece is padded
 
-
 # One program for a layer serves all of them: it is compiled, kept and loaded once, however deep the model.
 program = partial(jax.jit, static_argnames="config", compiler_options=WIDE_VECTORS)
 read_tokens, read_layer = program(embed_tokens), program(block, donate_argnames=("x", "cache"))
@@ -546,7 +545,8 @@ read_tokens, read_layer = program(embed_tokens), program(block, donate_argnames=
 @program
 def read_out(
     params: Params, x: Float[Array, "seq dim"], last: Int[Array, ""], config: Config
-) -> Float[Array, " vocab"]:  # fmt: skip
+) -> Float[Array, " vocab"]:
+    """`readout` of one of several tokens."""
     return readout(params, x[last], config)
 
 
@@ -558,14 +558,10 @@ def read(
 
     The programs above in turn, of layers in a tuple. It is not to be traced: a program with options is in no other.
     """
-
-    def layer(x: Float[Array, "seq dim"], w: Block, cache: Cache) -> tuple[Float[Array, "seq dim"], Cache]:
-        return read_layer(w, x, angles, cache, start, config)
-
     # To hand things over takes time: no layers to those that need none, and start not anew to each of them.
     ends, start = params._replace(blocks=()), jnp.asarray(start)
     x, angles = read_tokens(ends, tokens, start, config)
-    x, cache = fold_layers(layer, x, params.blocks, cache)
+    x, cache = fold_layers(lambda x, w, cache: read_layer(w, x, angles, cache, start, config), x, params.blocks, cache)
     return read_out(ends, x, last, config), cache
 
 
@@ -973,7 +969,7 @@ def from_named(names: Mapping[str, str], get: Callable[[str], Any], config: Conf
         if names is HF and path[-1].name in "qk":  # all pairs' first members come before their second ones
             *heads, width, dim = leaf.shape
             array = array.reshape(*heads, 2, width // 2, dim).swapaxes(-3, -2)
-        return jnp.asarray(array.reshape(leaf.shape), array.dtype)
+        return jnp.asarray(array.reshape(leaf.shape), array.dtype)  # without the type, by a program for each shape
 
     return jax.tree.map_with_path(of, shapes(config))
 
@@ -1003,7 +999,7 @@ def to_llama2c(params: Params, config: Config) -> dict[str, Float[np.ndarray, ".
 
 
 def from_hf(arrays: Mapping[str, Any], config: Config) -> Params:
-    """Parameters from arrays named as in transformers' LlamaForCausalLM, the rows of q and k put back in pairs."""
+    """Parameters from arrays named as in transformers' LlamaForCausalLM, copied, rows of q and k in pairs again."""
     return from_named(HF, lambda name: jnp.array(arrays[name]), config)
 
 

@@ -1,4 +1,4 @@
-"""How fast it is, and beside whom: `./dev bench`, a quarter of an hour on two cores.
+"""How fast it is, and beside whom: `./dev bench`, some ten minutes on two cores.
 
 A line holds our figures against a peer's, against others of our own, or against a bound. Both are taken in turns (A B A
 B …) after one turn that does not count. The ratio is the median of the turns' ratios; the spread, the distance between

@@ -58,6 +58,23 @@ def test_from_is_linear(layout: str) -> None:
     assert_close(read(both, SMALL), want, 0, "2a − b")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_changed_afterwards_change_nothing(layout: str) -> None:
+    """At multiples of 64 bytes jax would read numpy's memory as it stands."""
+    read, _, names = LAYOUTS[layout]
+    arrays: Arrays = {}
+    for name, array in random_arrays(names, SMALL, 1).items():
+        memory = np.empty(array.nbytes + 64, np.uint8)
+        memory = memory[-memory.ctypes.data % 64 :][: array.nbytes]
+        arrays[name] = memory.view(array.dtype).reshape(array.shape)
+        arrays[name][:] = array
+    params = read(arrays, SMALL)
+    before = jax.tree.map(np.array, params)
+    for array in arrays.values():
+        array[:] = 7
+    assert_close(params, before, 0, "parameters")
+
+
 def test_llama2c_is_a_reshape() -> None:
     arrays = random_arrays(ll.LLAMA2C, SMALL, 1)
     params = ll.from_llama2c(arrays, SMALL)
