@@ -1,4 +1,4 @@
-"""The published configurations, and the shapes of parameters and caches."""
+"""Part 2: the published configurations, and the shapes of parameters and caches."""
 
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import pytest
-from conftest import SMALL
+from builders import SMALL
 from jax import numpy as jnp
 
 from lovely_llama import (
@@ -122,3 +122,12 @@ def test_shapes(config: Config) -> None:
     assert len(cache) == config.layers
     check_axes(cache, config)
     check_axes(stack(cache), config, (config.layers,))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_empty_cache(dtype: Any) -> None:
+    cache = empty_cache(SMALL, 17, dtype)
+    assert len(cache) == SMALL.layers
+    for rows in jax.tree.leaves(cache):
+        assert rows.shape == (SMALL.kv_heads, 17, SMALL.head_dim) and rows.dtype == dtype and not rows.any()
+    assert stack(cache).keys.shape == (SMALL.layers, SMALL.kv_heads, 17, SMALL.head_dim)

@@ -1,4 +1,4 @@
-"""Each function of one vector: against llama2.c, against its formula in float64, and at its edges."""
+"""Part 3: each function of one vector, against llama2.c, float64 formulas and finite differences, and at its edges."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Recording, assert_close, assert_finite, jit
+from asserts import assert_close, assert_finite, jit
+from builders import SMALL, Recording
 from jax import numpy as jnp
 from jax import vmap
+from jax.test_util import check_grads
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -172,6 +174,25 @@ def test_finite_far_out(name: str) -> None:
 
     for args in (draw(*shapes, scale=1e3), *([np.full(shape, far) for shape in shapes] for far in (-1e3, 1e3))):
         assert_finite(with_gradient(*(arg.astype(np.float32) for arg in args)))
+
+
+LONG, FAR = BLOCK + 30, np.array([-1e3, -1e2, -1, 0, 1, 1e2, 1e3])
+DERIVATIVES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
+    "rms_norm": (partial(rms_norm, eps=0.01), [(7,), (7,)]),
+    "rope": (rope, [(10,), (5,)]),
+    "softmax": (lambda x: softmax(x + 1000), [(7,)]),  # whose exponentials overflow float64
+    "attend": (partial(attend, position=LONG - 9), [(6,), (LONG, 6), (LONG, 6)]),
+    "silu": (lambda x: silu(x + FAR), [(7,)]),
+    "swiglu": (swiglu, [(5,), (7, 5), (7, 5), (5, 7)]),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_gradient_is_that_of_finite_differences(name: str, x64: None) -> None:
+    function, shapes = DERIVATIVES[name]
+    f, drawn = jax.jit(function), tuple(map(jnp.array, draw(*shapes, scale=0.5)))
+    assert_finite(f(*drawn))  # or finite differences would be NaN, which equals any other NaN
+    check_grads(f, drawn, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
 # ---- rms_norm --------------------------------------------------------------------------------------------------------

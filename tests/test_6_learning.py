@@ -1,16 +1,18 @@
-"""The loss: against the formula in float64, and its derivative against differences."""
+"""Part 6: the loss, against llama2.c, the formula in float64 and finite differences."""
 
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, assert_close, jit, random_params
+from asserts import assert_close, jit
+from builders import SMALL, Recording, random_params
 from jax import numpy as jnp
 from jax.test_util import check_grads
 
 import lovely_llama
 from lovely_llama import Params, logits, loss, shapes
+from lovely_llama_tools.formats.llama2c import from_llama2c
 
 PARAMS = random_params(SMALL)
 TOKENS = np.array([[3, 28, 0, 17, 3], [9, 21, 11, 5, 5], [1, 2, 3, 4, 5]], np.int32)
@@ -27,6 +29,14 @@ def plain_loss(params: Params, tokens: np.ndarray, targets: np.ndarray) -> np.fl
             if target != -1:
                 surprises.append(np.logaddexp.reduce(answer) - answer[target])
     return np.mean(surprises)
+
+
+def test_parity(recording: Recording) -> None:
+    config, arrays = recording.config, recording.arrays
+    params, value_and_grad = from_llama2c(recording.under("param."), config), jax.value_and_grad(loss)
+    value, grads = jit(value_and_grad, static_argnums=3)(params, arrays["tokens"], arrays["targets"], config)
+    assert_close(value, arrays["loss"][0], 1e-6)
+    assert_close(grads, from_llama2c(recording.under("grad."), config), 5e-5)
 
 
 def test_formula() -> None:

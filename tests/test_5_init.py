@@ -1,4 +1,4 @@
-"""The parameters that training starts from, and the empty cache."""
+"""Part 5: the parameters that training starts from."""
 
 import math
 from dataclasses import replace
@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, jit
-from jax import numpy as jnp
+from asserts import jit
 
-from lovely_llama import Config, Params, count, empty_cache, init, stack
+from lovely_llama import Config, Params, init
 
 # Large enough that every matrix has more than 10,000 entries.
 LARGE = Config(150, 192, 3, 2, 4, 40, 130, 32, 1e-5, 1e4, None, False)
@@ -61,16 +60,3 @@ def test_a_tied_model_has_one_embedding() -> None:
     tied = jax.eval_shape(partial(init, config=replace(LARGE, tied=True)), jax.random.key(0))
     assert tied.unembed is None
     assert len(jax.tree.leaves(tied)) == 2 + 9 * LARGE.layers
-
-
-def test_count(params: Params) -> None:
-    assert count(LARGE) == sum(leaf.size for _, _, leaf in leaves(params))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_empty_cache(dtype: Any) -> None:
-    cache = empty_cache(SMALL, 17, dtype)
-    assert len(cache) == SMALL.layers
-    for rows in jax.tree.leaves(cache):
-        assert rows.shape == (SMALL.kv_heads, 17, SMALL.head_dim) and rows.dtype == dtype and not rows.any()
-    assert stack(cache).keys.shape == (SMALL.layers, SMALL.kv_heads, 17, SMALL.head_dim)

@@ -1,4 +1,4 @@
-"""Part 8, tokenizers: SmolLM2's against llama.cpp's and transformers', Llama 2's against SentencePiece itself."""
+"""Tokenizers: SmolLM2's against llama.cpp's and transformers', Llama 2's against SentencePiece itself."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -16,9 +16,14 @@ from jax import numpy as jnp
 from sentencepiece import SentencePieceProcessor
 from transformers import GPT2Tokenizer
 
-import lovely_llama as ll
+from lovely_llama import Config, LlamaError, Params, Sampling
+from lovely_llama_tools.files import default_model
+from lovely_llama_tools.formats import Model
+from lovely_llama_tools.formats.gguf import gguf_tokenizer, scan_gguf
+from lovely_llama_tools.generate import Session, generate
+from lovely_llama_tools.tokens import Tokenizer, sentencepiece_tokenizer
 
-LLAMA2 = Path(__file__).parents[2] / "shared/data/llama2-tokenizer.model"
+LLAMA2 = Path(__file__).parents[3] / "shared/data/llama2-tokenizer.model"
 
 # What llama.cpp v0.5.0 (the npm packages node-llama-cpp and @node-llama-cpp/linux-x64, 3.22.1) makes of texts with the
 # vocabulary in SmolLM2's GGUF: its own code for pre-tokenizer "smollm", names of special tokens being text like any.
@@ -83,14 +88,14 @@ quick = settings(deadline=None, max_examples=300, derandomize=True, database=Non
 @cache
 def fields() -> dict[str, Any]:
     """What SmolLM2's GGUF says of itself."""
-    with open(ll.default_model(), "rb") as file:
-        return ll.scan_gguf(file, ll.default_model())[0]
+    with open(default_model(), "rb") as file:
+        return scan_gguf(file, default_model())[0]
 
 
 # Tokenizers are functions of nothing here, as hypothesis prints arguments.
 @cache
-def bpe() -> ll.Tokenizer:
-    return ll.gguf_tokenizer(fields(), len(fields()["tokenizer.ggml.tokens"]), ll.default_model())
+def bpe() -> Tokenizer:
+    return gguf_tokenizer(fields(), len(fields()["tokenizer.ggml.tokens"]), default_model())
 
 
 @cache
@@ -102,10 +107,10 @@ def gpt2() -> GPT2Tokenizer:
 
 
 @cache
-def llama2() -> ll.Tokenizer:
+def llama2() -> Tokenizer:
     if not LLAMA2.exists():
         pytest.skip(f"needs {LLAMA2}")
-    return ll.sentencepiece_tokenizer(LLAMA2)
+    return sentencepiece_tokenizer(LLAMA2.read_bytes(), LLAMA2)
 
 
 @cache
@@ -124,7 +129,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(FRAGMENTS)).map("".join)
 
 
 @cache
-def alphabet(get: Callable[[], ll.Tokenizer]) -> set[int]:
+def alphabet(get: Callable[[], Tokenizer]) -> set[int]:
     """The bytes there are tokens for: SmolLM2's vocabulary lacks 21, among them 4 and the first of planes 4 to 11."""
     return {piece[0] for piece in get().pieces if len(piece) == 1}
 
@@ -164,7 +169,7 @@ def test_special_tokens() -> None:
 def test_what_cannot_be_spelt_is_refused(text: str, special: bool) -> None:
     """llama.cpp and transformers leave such bytes out and say nothing."""
     assert not alphabet(bpe).issuperset(text.encode())
-    with pytest.raises(ll.LlamaError):
+    with pytest.raises(LlamaError):
         bpe().encode(text, special)
 
 
@@ -198,14 +203,14 @@ def test_llama2_pieces() -> None:
 @both
 @given(text=TEXTS)
 @quick
-def test_round_trip(get: Callable[[], ll.Tokenizer], text: str) -> None:
+def test_round_trip(get: Callable[[], Tokenizer], text: str) -> None:
     assume("▁" not in text)  # which is how SentencePiece writes a space
     assume(alphabet(get).issuperset(text.encode()))
     assert get().decode(get().encode(text, False)) == text
 
 
 @both
-def test_begin(get: Callable[[], ll.Tokenizer]) -> None:
+def test_begin(get: Callable[[], Tokenizer]) -> None:
     """One BOS where the model was trained with it, or where nothing else is; never two."""
     tokenizer, text = get(), "<s>Once upon a time"
     assert tokenizer.begin("") == [tokenizer.bos]
@@ -214,18 +219,18 @@ def test_begin(get: Callable[[], ll.Tokenizer]) -> None:
 
 
 @both
-def test_half_a_surrogate_pair_is_refused(get: Callable[[], ll.Tokenizer]) -> None:
-    with pytest.raises(ll.LlamaError):
+def test_half_a_surrogate_pair_is_refused(get: Callable[[], Tokenizer]) -> None:
+    with pytest.raises(LlamaError):
         get().encode("a\ud800b", False)
 
 
-class Parrot(ll.Session):
+class Parrot(Session):
     """A session whose model says what it was told to say."""
 
-    def __init__(self, tokenizer: ll.Tokenizer, says: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, says: Sequence[int]) -> None:
         vocab = len(tokenizer.pieces)
-        config = ll.Config(vocab, 2, 1, 1, 1, 2, 2, 512, 1e-5, 1e4, None, True)
-        super().__init__(ll.Model(config, ll.Params(jnp.zeros((vocab, 2)), (), jnp.zeros(2), None), tokenizer))
+        config = Config(vocab, 2, 1, 1, 1, 2, 2, 512, 1e-5, 1e4, None, True)
+        super().__init__(Model(config, Params(jnp.zeros((vocab, 2)), (), jnp.zeros(2), None), tokenizer))
         self.says = iter(says)
 
     def feed(self, tokens: Sequence[int]) -> jax.Array:
@@ -238,15 +243,15 @@ class Parrot(ll.Session):
 @given(text=TEXTS, length=st.integers(0, 30), data=st.data())
 @settings(quick, max_examples=60)
 def test_stream_is_what_decode_says(
-    get: Callable[[], ll.Tokenizer], prompt: str, text: str, length: int, data: st.DataObject
+    get: Callable[[], Tokenizer], prompt: str, text: str, length: int, data: st.DataObject
 ) -> None:
     """Text as it comes, put together, is that of all tokens: those of a text cut short, and any others behind."""
     tokenizer = get()
     others = data.draw(st.lists(st.integers(0, len(tokenizer.pieces) - 1), max_size=20))
     spelt = text if alphabet(get).issuperset(text.encode()) else ""
     said = [token for token in [*tokenizer.encode(spelt, False)[:length], *others] if token not in tokenizer.stops]
-    session, before, greedy = Parrot(tokenizer, said), tokenizer.begin(prompt), ll.Sampling(temperature=0.0)
-    generation = ll.generate(session.model, before, max_new=len(said), sampling=greedy, session=session)
+    session, before, greedy = Parrot(tokenizer, said), tokenizer.begin(prompt), Sampling(temperature=0.0)
+    generation = generate(session.model, before, max_new=len(said), sampling=greedy, session=session)
     parts = list(generation)
     assert generation.tokens == said and all(parts)
     assert tokenizer.decode(before) + "".join(parts) == tokenizer.decode([*before, *said])

@@ -1,4 +1,4 @@
-"""transformers' LlamaForCausalLM, live: over drawn configs, and on real weights.
+"""Part 4: the whole model against transformers' LlamaForCausalLM, live, over configs drawn at random.
 
 Bounds are relative norms per leaf. Against itself in float64, transformers is off by 5e-7 in values, 1e-6 in gradients.
 """
@@ -15,13 +15,15 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, jit
+from asserts import assert_close, jit
 from jax import numpy as jnp
 from jax import vmap
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lovely_llama as ll
+from lovely_llama_tools.formats.hugging_face import from_hf
+from lovely_llama_tools.layout import rope_scaling
 
 torch.set_num_threads(1)  # or torch's threads and jax's wait for each other
 VALUES, GRADIENTS, LOSS = 1e-5, 5e-5, 1e-6
@@ -50,7 +52,7 @@ def our_config(hf: Mapping[str, Any]) -> ll.Config:
     return ll.Config(
         hf["vocab_size"], hf["hidden_size"], hf["num_hidden_layers"], hf["num_key_value_heads"],
         heads // hf["num_key_value_heads"], hf["head_dim"], hf["intermediate_size"], hf["max_position_embeddings"],
-        hf["rms_norm_eps"], rope["rope_theta"], ll.rope_scaling(rope, "config.json"), hf["tie_word_embeddings"],
+        hf["rms_norm_eps"], rope["rope_theta"], rope_scaling(rope, "config.json"), hf["tie_word_embeddings"],
     )  # fmt: skip
 
 
@@ -114,8 +116,6 @@ DRAWN = {
     f"{i}-{kind}-{heads}-{'tied' if tied else 'untied'}": draw(RNG, kind, heads, tied)
     for i, (kind, heads, tied) in enumerate(product(KINDS, HEADS, (False, True)))
 }
-# One of each kind that is longer than a block of keys.
-LONG = {kind: next(case for name, case in DRAWN.items() if kind in name and case.seq > ll.BLOCK) for kind in KINDS}
 
 
 def random_oracle(hf: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
@@ -131,11 +131,8 @@ def random_oracle(hf: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
 
 def ours(tensors: Mapping[str, torch.Tensor], config: ll.Config) -> ll.Params:
     """transformers' parameters, or their gradients, in our layout."""
-    return ll.from_hf({name: tensor.detach().numpy() for name, tensor in tensors.items()}, config)
+    return from_hf({name: tensor.detach().numpy() for name, tensor in tensors.items()}, config)
 
-
-step = jit(ll.llama, static_argnames="config")
-whole = jit(ll.logits, static_argnames="config")
 
 # ---- Values and gradients --------------------------------------------------------------------------------------------
 
@@ -189,130 +186,3 @@ def test_the_draw_spares_nothing() -> None:
         rope = case.hf["rope_parameters"]
         assert bands(case.hf) == BANDS[rope["rope_type"]]
     assert {len(bands(case.hf)) for case in DRAWN.values()} == {1, 3}
-
-
-# ---- Cached and ragged -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_cached_decoding(kind: str) -> None:
-    """A prefill and then one token at a time, past the border of a block of keys, equal the full forward pass."""
-    case = LONG[kind]
-    model, config = random_oracle(case.hf, seed=3), our_config(case.hf)
-    params = ours(dict(model.named_parameters()), config)
-    tokens = np.random.default_rng(3).integers(config.vocab, size=case.seq, dtype=np.int32)
-    begun = ll.BLOCK - 7
-    with torch.no_grad():
-        want = model(torch.tensor(tokens[None])).logits[0].numpy()
-    logits, cache = step(params, tokens[:begun], ll.empty_cache(config, case.seq + 5, jnp.float32), np.int32(0), config)
-    assert_close(logits, want[:begun], VALUES, "prefill")
-    for position in range(begun, case.seq):
-        logits, cache = step(params, tokens[position:][:1], cache, np.int32(position), config)
-        assert_close(logits[0], want[position], VALUES, f"position {position}")
-
-
-@pytest.mark.parametrize("kind", ["default", "yarn"])
-def test_ragged_batch(kind: str) -> None:
-    """Rows padded on the left there are rows at places of their own here; what pads them is of no account."""
-    case, new, lengths = LONG[kind], 4, np.array([1, 90, 37], np.int32)
-    model, config = random_oracle(case.hf, seed=4), our_config(case.hf)
-    params = ours(dict(model.named_parameters()), config)
-    rng, longest = np.random.default_rng(4), int(lengths.max())
-    rows = [rng.integers(config.vocab, size=n + new, dtype=np.int32) for n in lengths]
-    left, right = rng.integers(config.vocab, size=(2, len(rows), longest + new), dtype=np.int32)
-    mask = np.arange(longest + new) >= longest - lengths[:, None]
-    for i, row in enumerate(rows):
-        left[i, -len(row) :] = right[i, : len(row)] = row
-    with torch.no_grad():
-        places = torch.tensor(mask.cumsum(1) - 1).clamp(min=0)
-        want = model(torch.tensor(left), attention_mask=torch.tensor(mask), position_ids=places).logits.numpy()
-
-    @jit
-    def prefill(tokens: jax.Array) -> Any:
-        return ll.llama(params, tokens, ll.empty_cache(config, longest + new, jnp.float32), 0, config)
-
-    @jit
-    def decode(tokens: jax.Array, cache: ll.Caches, start: jax.Array) -> Any:
-        return ll.llama(params, tokens, cache, start, config)
-
-    begun, cache = vmap(prefill)(right[:, :longest])
-    following = np.stack([row[-new:] for row in rows])
-    ended, _ = vmap(decode)(following, cache, lengths)
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        solo = whole(params, row, config)
-        assert_close(solo, want[i, -len(row) :], VALUES, f"row {i} alone")
-        assert_close(begun[i, :length], want[i, -len(row) : -new], VALUES, f"row {i}'s prompt")
-        assert_close(ended[i], want[i, -new:], VALUES, f"row {i}'s new tokens")
-
-
-# ---- Tables of frequencies -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_frequencies(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within an ulp of float32 of transformers' own formulas, computed in float64 (in float32 they are 26 ulps off)."""
-    rng = random.Random(kind)
-    for name in ("float", "float32"):  # which is what those formulas ask for
-        monkeypatch.setattr(torch, name, torch.float64)
-    for head_dim, theta, factor in product((10, 64, 96, 128), (1e4, 1.3e5, 1e6), (4.0, 32.0)):
-        rope = draw_rope(rng, kind) | {"rope_theta": theta}
-        if kind != "default":
-            rope["factor"] = factor
-        if "original_max_position_embeddings" in rope:
-            rope["original_max_position_embeddings"] = rng.choice((64, 2048, 8192))
-        hf = DRAWN["0-default-mha-untied"].hf | {
-            "head_dim": head_dim, "rope_parameters": rope, "max_position_embeddings": extended(rope),
-        }  # fmt: skip
-        table, config = rotary(hf), our_config(hf)
-        want = table.inv_freq.numpy()
-        assert want.dtype == np.float64
-        off = np.abs(np.asarray(ll.rope_frequencies(config), np.float64) - want) / np.spacing(want.astype(np.float32))
-        assert off.max() <= 1, f"{rope}, head_dim {head_dim}: pair {off.argmax()} is {off.max():.1f} ulps off"
-        sharper = config.rope_scaling.attention_factor if config.rope_scaling else 1
-        assert sharper == pytest.approx(table.attention_scaling, rel=1e-12)
-
-
-# ---- Real weights ----------------------------------------------------------------------------------------------------
-
-# Each goes on for 64 tokens, and no token wins by less than 0.01: a thousand times what float32 costs.
-PROMPTS = (
-    "Once upon a time, in a small village by the sea, there lived",
-    "The theory of general relativity says that",
-    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
-    "In the beginning, the universe was",
-    "The quick brown fox 🦊 jumps over 13 lazy dogs. Then",
-)
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> ll.Model:
-    return ll.load(ll.default_model())
-
-
-@pytest.fixture(scope="session")
-def smollm2_oracle() -> LlamaForCausalLM:
-    path = ll.default_model()
-    return LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-
-
-def test_real_logits(smollm2: ll.Model, smollm2_oracle: LlamaForCausalLM) -> None:
-    """SmolLM2 out of a GGUF, read by two loaders, makes the same of a text."""
-    config, params, tokenizer = smollm2
-    tokens = np.array(tokenizer.begin(" ".join(PROMPTS)), np.int32)
-    assert len(tokens) >= 40
-    with torch.no_grad():
-        want = smollm2_oracle(torch.tensor(tokens[None])).logits[0].numpy()
-    stacked = params._replace(blocks=ll.stack(params.blocks))  # compiled once for the thirty layers
-    got = jax.jit(ll.logits, static_argnames="config")(stacked, tokens, config)
-    assert_close(got, want, 1e-4, "logits")
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_real_greedy_continuation(prompt: str, smollm2: ll.Model, smollm2_oracle: LlamaForCausalLM) -> None:
-    """Each of 64 tokens is the one that transformers finds likeliest after those before it: its own greedy choices."""
-    generation = ll.generate(smollm2, prompt, max_new=64, sampling=ll.Sampling(temperature=0.0))
-    text = "".join(generation)
-    assert len(generation.tokens) == 64, text
-    with torch.no_grad():
-        logits = smollm2_oracle(torch.tensor([[*generation.prompt, *generation.tokens]])).logits[0]
-    assert generation.tokens == logits[len(generation.prompt) - 1 : -1].argmax(-1).tolist()

@@ -1,9 +1,9 @@
-"""How far from float64 are float32 and bfloat16, here and in transformers? The README's table.
+"""How far from float64 are float32 and bfloat16, here and in transformers? The table of docs/numerics.md.
 
     ./dev numerics            print it
-    ./dev numerics --write    put it into README.md
+    ./dev numerics --write    put it into docs/numerics.md
 
-test_numerics.py fails when what the README has is not what this makes.
+test_docs.py fails when what stands there is not what this makes.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch
-from conftest import random_params
+from builders import layers_of, random_params
 from jax import Array, vmap
 from jax import numpy as jnp
 from jaxtyping import Float, Int
@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 import lovely_llama as ll
+from lovely_llama_tools.formats.hugging_face import to_hf
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "numerics.md"
 MARKS = "<!-- numerics -->\n", "<!-- /numerics -->"
 FUNCTIONS = ("rms_norm", "rope", "softmax", "attend", "silu", "swiglu", "attention", "block")
 DEPTHS = {f"{n} layer{'s' if n > 1 else ''}": n for n in (1, 2, 4, 8, 12, 16, 32)}
@@ -67,11 +68,11 @@ def widen(given: Given) -> Given:
 
 def ours(given: Given) -> dict[str, Array]:
     """Every row of the table, in the type of what is given. A model is the first so many of the same layers."""
-    after = [given.params.embed[given.tokens]]
-    for w in given.params.blocks:
+    after, layers = [given.params.embed[given.tokens]], layers_of(given.params)
+    for w in layers:
         after.append(block(w, after[-1]))
     models = {row: readout(given.params, after[depth]) for row, depth in DEPTHS.items()}
-    return {**functions(given), "block": block(given.params.blocks[0], given.x), **models}
+    return {**functions(given), "block": block(layers[0], given.x), **models}
 
 
 @jax.jit
@@ -125,7 +126,7 @@ def theirs(given: Given, dtype: torch.dtype) -> dict[str, Any]:
     )  # fmt: skip
     # Made in this type, not moved to it: a move would round the rotary frequencies too.
     model: Any = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation="eager").eval()
-    model.load_state_dict({name: across(array) for name, array in ll.to_hf(given.params, CONFIG).items()})
+    model.load_state_dict({name: across(array) for name, array in to_hf(given.params, CONFIG).items()})
 
     def logits(depth: int) -> torch.Tensor:
         model.config.num_hidden_layers = depth  # it goes through as many as this says
@@ -153,12 +154,12 @@ def theirs(given: Given, dtype: torch.dtype) -> dict[str, Any]:
 # ---- The table -------------------------------------------------------------------------------------------------------
 
 BELOW = f"""
-A figure is ‖a − b‖ / ‖b‖: a is what a function makes of {SEQ} rows, or a model's logits for {SEQ} tokens, and b is what
-`lovely_llama.py` makes of the very same numbers in float64. Weights and inputs are rounded to float32 or bfloat16
-before either begins, so that a figure is of the arithmetic alone. dim is {CONFIG.dim}, hidden_dim {CONFIG.hidden_dim},
-and {CONFIG.kv_heads} × {CONFIG.q_per_kv} heads have a head_dim of {CONFIG.head_dim}; matrices are random and keep a
-vector's size, gains are 1 ± ½. All ran on a CPU, ours jitted, transformers with eager attention; it has no function for
-softmax alone.
+A figure is ‖a − b‖ / ‖b‖, where a is a function's result for {SEQ} rows, or a model's logits for {SEQ} tokens, and b is
+the result of `lovely_llama.py` in float64 for the same numbers. Weights and inputs are rounded to float32 or bfloat16
+beforehand, so a figure measures the arithmetic alone. dim is {CONFIG.dim}, hidden_dim {CONFIG.hidden_dim}, and
+{CONFIG.kv_heads} × {CONFIG.q_per_kv} heads have a head_dim of {CONFIG.head_dim}; matrices are random and preserve a
+vector's norm, gains are 1 ± ½. Everything ran on a CPU, ours under `jit`, transformers with eager attention; it has no
+softmax of its own.
 """
 
 
@@ -188,21 +189,23 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join([*lines, "", textwrap.fill(" ".join(BELOW.split()), 120), ""])
 
 
-def split(readme: str) -> tuple[str, str, str]:
+def split(page: str) -> tuple[str, str, str]:
     """What is before the table, the table, and what is after it."""
-    before, rest = readme.split(MARKS[0])
+    before, rest = page.split(MARKS[0])
     written, after = rest.split(MARKS[1])
     return before + MARKS[0], written, MARKS[1] + after
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="./dev numerics", description="How far from float64 all is.")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser = argparse.ArgumentParser(
+        prog="./dev numerics", description="How far float32 and bfloat16 are from float64."
+    )
+    parser.add_argument("--write", action="store_true", help="put the table into docs/numerics.md")
     write, text = parser.parse_args().write, table(errors())
     print(text, end="")
     if write:
-        before, _, after = split(README.read_text())
-        README.write_text(before + text + after)
+        before, _, after = split(PAGE.read_text())
+        PAGE.write_text(before + text + after)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import platform
 import re
 import struct
 import subprocess
@@ -29,12 +30,22 @@ import jax
 import numpy as np
 import torch
 import transformers
+from builders import write_llama2c
 from jax import numpy as jnp
 
 import lovely_llama as ll
+from lovely_llama_tools.files import default_model, load
+from lovely_llama_tools.formats import Model
+from lovely_llama_tools.formats.hugging_face import from_hf
+from lovely_llama_tools.formats.llama2c import to_llama2c
+from lovely_llama_tools.generate import PREFILL, Session, read, read_layer
+from lovely_llama_tools.tokens import Tokenizer
 
 THREADS, BUSY, BUSY_IN = 2, 0.2, "The machine was busy, spread or others above 20 %, in"
-README, BEGIN, END = Path(__file__).resolve().parents[1] / "README.md", "<!-- bench -->", "<!-- /bench -->"
+ROOT = Path(__file__).resolve().parents[2]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+SHORT = "<!-- speed -->", "<!-- /speed -->"
 LLAMA2_RUN = os.environ.get("LLAMA2_RUN")
 ABSENT = {"torch.compile": "no --compile"} | ({} if LLAMA2_RUN else {"llama2.c": "no LLAMA2_RUN=/path/to/run"})
 Work = Callable[[], Any]
@@ -133,12 +144,12 @@ IMPORT_JAX = partial(child, sys.executable, "-c", "import jax")
 class Pair(NamedTuple):
     """One model twice, ours and transformers', and how each decodes greedily from token 1 on."""
 
-    session: ll.Session
+    session: Session
     oracle: Any
 
     def ours(self, n: int) -> list[int]:
         """As `generate` reads them, into a cache for 1024, but for its random draw."""
-        self.session.reserve(1024 - ll.PREFILL[-1])
+        self.session.reserve(1024 - PREFILL[-1])
         tokens = self.session.rewind([1])
         for _ in range(n):
             tokens.append(int(np.asarray(self.session.feed(tokens[-1:])).argmax()))
@@ -157,10 +168,10 @@ class Pair(NamedTuple):
 def pair(name: str) -> Pair:
     """SmolLM2 as it is, or random weights of one of llama2.c's shapes."""
     if name == "SmolLM2":
-        path, auto = ll.default_model(), transformers.AutoModelForCausalLM
+        path, auto = default_model(), transformers.AutoModelForCausalLM
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
             oracle = auto.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-        return Pair(ll.Session(ll.load(path)), oracle)
+        return Pair(Session(load(path)), oracle)
     torch.manual_seed(0)
     config = replace(ll.CONFIGS[f"stories{name.lower()}"], ctx=4096)  # room for 2048 tokens and the padding behind
     oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -172,21 +183,16 @@ def pair(name: str) -> Pair:
     oracle.set_attn_implementation("sdpa")
     with torch.no_grad():  # run.c ends at token 1: token 2 is to be likelier wherever either is likely
         oracle.model.embed_tokens.weight[1] = oracle.model.embed_tokens.weight[2] / 2
-    params = ll.from_hf({name: p.detach().numpy() for name, p in oracle.named_parameters()}, config)
-    silent = ll.Tokenizer(lambda text, special: [], [b""] * config.vocab, {}, frozenset(), None, False, b"", None)
-    return Pair(ll.Session(ll.Model(config, params, silent)), oracle)
+    params = from_hf({name: p.detach().numpy() for name, p in oracle.named_parameters()}, config)
+    silent = Tokenizer(lambda text, special: [], [b""] * config.vocab, {}, frozenset(), None, False, b"", None)
+    return Pair(Session(Model(config, params, silent)), oracle)
 
 
-def llama2c(model: ll.Model, n: int, folder: Path) -> Work:
+def llama2c(model: Model, n: int, folder: Path) -> Work:
     """llama2.c's tokens a second, by its own clock, which starts after the first of n + 1."""
-    c, arrays, ctx = model.config, ll.to_llama2c(model.params, model.config), 1024
-    with open(folder / "model.bin", "wb") as file:  # version 0, tied
-        file.write(struct.pack("<7i", c.dim, c.hidden_dim, c.layers, c.kv_heads * c.q_per_kv, c.kv_heads, c.vocab, ctx))
-        for name in list(ll.LLAMA2C.values())[:-1]:
-            for full in dict.fromkeys(name.format(layer) for layer in range(c.layers)):
-                file.write(arrays[full].astype("<f4").tobytes())
-        file.write(bytes(4 * ctx * c.head_dim))  # tables of cosines and sines, which run.c skips
-    (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 1) + c.vocab * struct.pack("<fi1s", 0, 1, b"."))
+    config = replace(model.config, ctx=1024)
+    write_llama2c(folder / "model.bin", config, to_llama2c(model.params, config))
+    (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 1) + config.vocab * struct.pack("<fi1s", 0, 1, b"."))
     command = [str(LLAMA2_RUN), str(folder / "model.bin"), "-z", str(folder / "tokenizer.bin"), "-t", "0"]
 
     def run() -> float:
@@ -251,7 +257,7 @@ def decode_far(turns: int, name: str) -> Iterator[Against]:
         def work() -> None:
             nonlocal cache
             for _ in range(20):
-                logits, cache = ll.read(params, tokens, cache, start, last, config)
+                logits, cache = read(params, tokens, cache, start, last, config)
                 np.asarray(logits).argmax()
 
         return lambda: 1000 * seconds(work) / 20
@@ -262,7 +268,7 @@ def decode_far(turns: int, name: str) -> Iterator[Against]:
 def prefill(turns: int, name: str, n: int) -> Iterator[Against]:
     """A prompt to the logits after its last token, as `generate` of either begins."""
     oracle, tokens = pair(name).oracle, np.random.default_rng(0).integers(3, 32000, n).tolist()
-    session = ll.Session(pair(name).session.model)  # a new one, as its cache may grow
+    session = Session(pair(name).session.model)  # a new one, as its cache may grow
 
     def ours() -> Any:
         session.rewind(tokens[:1])
@@ -314,7 +320,7 @@ def memory(_: int, work: str) -> Iterator[Against]:
         params, tokens = ll.shapes(config), jax.ShapeDtypeStruct((seq,), jnp.int32)
         room = jax.eval_shape(partial(ll.empty_cache, config, seq, jnp.float32))
         x, angles = jax.eval_shape(partial(ll.embed_tokens, config=config), params, tokens, scalar)
-        prefill = partial(ll.read_layer.lower, params.blocks[0], x, angles, room[0], scalar, config)
+        prefill = partial(read_layer.lower, params.blocks[0], x, angles, room[0], scalar, config)
         lowered = prefill() if work == "prefill" else gradients(config).lower(params, tokens, tokens)
         analysis = lowered.compile().memory_analysis()
         assert analysis
@@ -382,6 +388,13 @@ ROWS: dict[str, tuple[Callable[[int], Iterable[Against]], dict[str, str]]] = {
     "compile gradients (32 layers stacked)": (compiling, {"4 layers": "≤ 1.5 ×"}),
 }  # fmt: skip
 
+# What a newcomer sees of them: against the first peer of each.
+IN_README = {
+    "decode SmolLM2": "decode SmolLM2 (100 tokens)", "read a prompt of 2048, 110M": "prefill 110M (2048 tokens)",
+    "gradients of 8 × 256 tokens, 15M": "gradients 15M (8×256)",
+    "gradients of 2 × 256 tokens, 110M": "gradients 110M (2×256)",
+}  # fmt: skip
+
 # ---- The report ------------------------------------------------------------------------------------------------------
 
 
@@ -409,19 +422,40 @@ def markdown(line: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} | {' / '.join(map(short, line['machine']))} |"
 
 
+def for_readme(lines: list[dict[str, Any]]) -> str:
+    """The rows of the README in Markdown, and where they were measured."""
+    head = "| work | here | transformers | ratio |"
+    rows = [head, "|---" * (head.count("|") - 1) + "|"]
+    for name, work in IN_README.items():
+        line = next(line for line in lines if line["work"] == work)
+        ours, theirs = (f"{median:,.0f} {line['unit']}" for median in line["medians"])
+        rows.append(f"| {name} | {ours} | {theirs} | {line['value']:.2f} |")
+    return "\n".join([*rows, "", f"float32 on {THREADS} cores of {processor()}."])
+
+
+def processor() -> str:
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
+
+
+def replaced(text: str, begin: str, end: str, what: str) -> str:
+    """A text with something else between two marks."""
+    return text[: text.index(begin) + len(begin)] + f"\n{what}\n" + text[text.index(end) :]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser("./dev bench", description=__doc__, epilog=f"The rows: {'; '.join(ROWS)}.")
     parser.add_argument("--only", metavar="NAME,…", default="", help="the rows whose names have one of these in them")
     parser.add_argument("--runs", metavar="N", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--compile", action="store_true", help="hold the gradients against torch.compile too")
     parser.add_argument("--json", action="store_true", help="everything measured, in place of the table")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    args, readme = parser.parse_args(), README.read_text()
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    args = parser.parse_args()
     chosen = [row for row in ROWS if any(part.lower() in row.lower() for part in args.only.split(","))]
     if not chosen or args.runs < 1:
         parser.error(f"--only, --runs: got {args.only}, {args.runs}, expected parts of names of rows, 1 or more")
-    if args.write and (args.runs < 7 or args.only or BEGIN not in readme or END not in readme):
-        parser.error(f"--write: expected all rows, 7 runs at least, and in README.md {BEGIN} … {END}")
+    if args.write and (args.runs < 7 or args.only):
+        parser.error("--write: expected all rows and at least 7 runs")
     if LLAMA2_RUN and not os.access(LLAMA2_RUN, os.X_OK):
         parser.error(f"LLAMA2_RUN: got {LLAMA2_RUN}, expected a program")
     if args.compile:
@@ -450,13 +484,14 @@ def main() -> int:
     note = f"\nMedians of {args.runs} turns in float32 on {THREADS} threads; {versions}.{left_out}"
     note += f" {BUSY_IN} {'; '.join(busy)}." if busy else ""
     head = "| work | ours | against | value | spread | floor | GB/s / GFLOP/s torch / jax / others' cores |"
-    table = "\n".join([head, "|---" * (head.count("|") - 1) + "|", *map(markdown, lines), note, ""])
+    table = "\n".join([head, "|---" * (head.count("|") - 1) + "|", *map(markdown, lines), note])
     print(json.dumps({"lines": lines, "busy": busy, "missed": missed, "absent": ABSENT}) if args.json else table)
     for what, where in ((BUSY_IN, busy), ("Floors missed:", missed)):
         if where:
             print(what, "; ".join(where), file=sys.stderr)
     if args.write:
-        README.write_text(readme[: readme.index(BEGIN) + len(BEGIN)] + f"\n{table}" + readme[readme.index(END) :])
+        PAGE.write_text(replaced(PAGE.read_text(), BEGIN, END, table))
+        README.write_text(replaced(README.read_text(), *SHORT, for_readme(lines)))
     return 1 if busy or missed else 0
 
 

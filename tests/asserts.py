@@ -1,0 +1,59 @@
+"""What tests assert: relative norms, leaf by leaf, and refusals in one line."""
+
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lovely_llama import LlamaError
+from lovely_llama_tools.files import load
+
+# Tests run what they compile only a few times; without optimisation it compiles in a third of the time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit: Callable[..., Callable[..., Any]] = partial(jax.jit, compiler_options=QUICK)  # of any type: it takes numpy arrays
+
+
+def assert_close(got: Any, want: Any, bound: float, what: str = "") -> None:
+    """‖got − want‖ ≤ bound ‖want‖ for each leaf of two trees, in float64. A failure names every leaf that is off."""
+    leaves, tree = jax.tree.flatten_with_path(got)
+    wanted, wanted_tree = jax.tree.flatten(want)
+    assert tree == wanted_tree, f"{what}: got {tree}, expected {wanted_tree}"
+    wrong = list[str]()
+    for (path, leaf), other in zip(leaves, wanted, strict=True):
+        name = f"{what}{jax.tree_util.keystr(path)}"
+        a, b = np.asarray(leaf, np.float64), np.asarray(other, np.float64)
+        if a.shape != b.shape:
+            wrong.append(f"{name}: got shape {a.shape}, expected {b.shape}")
+            continue
+        error, size = np.linalg.norm(a - b), np.linalg.norm(b)
+        if not error <= bound * size:  # so that NaN is wrong too
+            wrong.append(f"{name}: got error {error / size if size else error:.2e}, expected at most {bound:.0e}")
+    assert not wrong, "\n".join(wrong)
+
+
+def assert_finite(tree: Any) -> None:
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        assert np.isfinite(np.asarray(leaf, np.float64)).all(), f"{jax.tree_util.keystr(path)}: not finite"
+
+
+def assert_refused(path: Path, data: bytes, *fields: str) -> str:
+    """A file with this content is refused in one line, for one of these fields, and takes no memory."""
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LlamaError) as caught:
+            load(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    message, field = str(caught.value), caught.value.field
+    assert caught.value.file == str(path) and field in fields, message
+    assert peak < 2**26, f"took {peak >> 20} MiB"
+    assert message.startswith(f"{path}: {field}: got ") and ", expected " in message and "\n" not in message
+    assert len(message) < len(str(path)) + 400, message
+    return message

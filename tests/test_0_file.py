@@ -1,0 +1,202 @@
+"""The file as a whole: it reads from the top, stands alone, and says every shape in a signature that is checked."""
+
+import ast
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from builders import SMALL, layers_of, random_params
+from jax import numpy as jnp
+from jaxtyping import AbstractArray, Array, TypeCheckError
+
+import lovely_llama as ll
+
+FILE = Path(ll.__file__)
+SOURCE = FILE.read_text()
+TREE = ast.parse(SOURCE)
+RULERS = {line.split()[2].rstrip("."): n for n, line in enumerate(SOURCE.splitlines(), 1) if line.startswith("# ---- ")}
+
+# ---- The file --------------------------------------------------------------------------------------------------------
+
+
+def part_of(line: int) -> int:
+    return max((int(part) for part, ruler in RULERS.items() if ruler < line), default=0)
+
+
+def bound_by(node: ast.AST) -> list[str]:
+    """The names that a statement of the module defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", ast.Pass())]
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def test_it_has_nine_parts_and_can_be_read_in_one_sitting() -> None:
+    lines = SOURCE.splitlines()
+    assert [*RULERS] == list("123456789")
+    assert len(lines) <= 900
+    maths = lines[RULERS["2"] : RULERS["6"]]
+    assert len([line for line in maths if line.strip()]) <= 300
+    assert max(map(len, lines)) <= 120
+
+
+def test_references_point_upwards_only() -> None:
+    """Whatever a definition mentions of this file stands above it."""
+    defined, everything = set[str](), {name for node in TREE.body for name in bound_by(node)}
+    for node in TREE.body:
+        for name in ast.walk(node):
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load) and name.id in everything:
+                assert name.id in {*defined, *bound_by(node)}, f"line {name.lineno}: {name.id} is defined below"
+        defined.update(bound_by(node))
+
+
+def test_the_maths_is_neither_compiled_nor_differentiated() -> None:
+    """`jit` and `grad` appear from part 6 on, and so does the axis of sequences."""
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Attribute) and node.attr in ("jit", "grad", "value_and_grad"):
+            assert part_of(node.lineno) >= 6, f"line {node.lineno}: {node.attr}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "*batch" in node.value:
+            assert part_of(node.lineno) >= 6, f"line {node.lineno}: {node.value}"
+
+
+def test_it_imports_little() -> None:
+    allowed = {"jax", "jaxtyping", "numpy", "dataclasses", "functools", "math", "typing", "collections"}
+    imported = set[str]()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert imported <= allowed
+    assert not re.search(r"__import__|import_module|\bopen\(|\bprint\(|\binput\(", SOURCE)
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    for name in ll.__all__:
+        public = getattr(ll, name)
+        if callable(public) and name != "Caches":
+            assert (inspect.unwrap(public).__doc__ or "").strip(), name
+    starred = dict[str, Any]()
+    exec("from lovely_llama import *", starred)
+    assert starred.keys() - {"__builtins__"} == {*ll.__all__}
+
+
+ALONE = """
+import sys, jax, lovely_llama as ll
+config = ll.CONFIGS["stories260k"]
+params = ll.init(jax.random.key(0), config)
+model = jax.jit(lambda tokens: ll.logits(params, tokens, config))
+ll.check_causality(model, range(7), config.vocab)
+assert not [name for name in sys.modules if "lovely_llama_tools" in name]
+print(ll.__file__)
+"""
+
+
+def test_copied_alone_it_works(tmp_path: Path) -> None:
+    shutil.copy(FILE, tmp_path)
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == tmp_path / FILE.name
+
+
+# ---- Signatures ------------------------------------------------------------------------------------------------------
+
+FUNCTIONS = {
+    name: function
+    for name, function in inspect.getmembers(ll, inspect.isfunction)
+    if function.__module__ == ll.__name__ and 3 <= part_of(inspect.unwrap(function).__code__.co_firstlineno) <= 7
+}
+WITHOUT_ARRAYS = {"rope_frequencies"}
+
+
+def parts(annotation: Any) -> Iterator[Any]:
+    """An annotation, and what it is made of."""
+    yield annotation
+    for part in typing.get_args(annotation):
+        yield from parts(part)
+
+
+def axes(annotation: Any) -> list[str] | None:
+    """The names of an array's axes, where an annotation is of one."""
+    found = [part for part in parts(annotation) if isinstance(part, type) and issubclass(part, AbstractArray)]
+    return found[0].dim_str.split() if found else None
+
+
+def hints(function: Any) -> dict[str, Any]:
+    return inspect.unwrap(function).__annotations__
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_array_has_its_axes_in_the_signature(name: str) -> None:
+    annotations = hints(FUNCTIONS[name])
+    assert set(annotations) == {*inspect.signature(FUNCTIONS[name]).parameters, "return"}
+    for parameter, annotation in annotations.items():
+        assert Array not in [p for p in parts(annotation) if "Callable" not in repr(annotation)], parameter
+    assert (name in WITHOUT_ARRAYS) == (not any(axes(a) is not None for n, a in annotations.items() if n != "return"))
+
+
+def arguments(name: str) -> dict[str, Any]:
+    """Arguments that fit, for each parameter by its name or its axes."""
+    params, sizes = random_params(SMALL), {**vars(SMALL), "seq": 5, "pairs": SMALL.head_dim // 2, "n": 7}
+    blocks, caches = layers_of(params), ll.empty_cache(SMALL, SMALL.ctx, jnp.float32)
+    w = blocks[0].attn if name == "attention" else blocks[0]
+    cache = caches[0] if name in ("attention", "block") else caches
+    known = {
+        "w": w, "params": params, "config": SMALL, "cache": cache, "start": jnp.array(0), "eps": 1e-5,
+        "position": jnp.array(3), "filled": None, "size": 4, "rng": jax.random.key(0), "blocks": blocks,
+        "layer": lambda x, w, cache: (x, cache), "penalty": 1.5, "t": 0.5, "k": 3, "p": 0.5,
+        "sampling": ll.Sampling(),
+    }  # fmt: skip
+
+    def value(parameter: str, annotation: Any) -> Any:
+        if parameter in known and not (name == "attend" and parameter == "keys"):
+            return known[parameter]
+        names = axes(annotation)
+        assert names is not None, parameter
+        kind = jnp.int32 if "Int[" in repr(annotation) else bool if "Bool[" in repr(annotation) else jnp.float32
+        return jnp.ones([sizes[axis] for axis in names if axis[0] != "*"] or [2, 3], kind)
+
+    return {p: value(p, a) for p, a in hints(FUNCTIONS[name]).items() if p != "return"}
+
+
+def wrong_axes() -> Iterator[tuple[str, str, int | None]]:
+    """Of every array argument: one axis too many, and each axis longer than another argument has it."""
+    for name in sorted(set(FUNCTIONS) - WITHOUT_ARRAYS - {"wide"}):
+        found = {p: a for p, annotation in hints(FUNCTIONS[name]).items() if (a := axes(annotation)) is not None}
+        for parameter, names in found.items():
+            if parameter in ("return", "start", "filled") or names[:1] == ["*batch"]:
+                continue
+            yield name, parameter, None
+            for i, axis in enumerate(names):
+                if any(axis in others for p, others in found.items() if p not in (parameter, "return")):
+                    yield name, parameter, i
+
+
+@pytest.mark.parametrize(("name", "parameter", "axis"), list(wrong_axes()))
+def test_a_wrong_axis_is_refused(name: str, parameter: str, axis: int | None) -> None:
+    values = arguments(name)
+    if axis is None:
+        array = values[parameter]
+        values[parameter] = jax.random.split(array, 2) if parameter == "rng" else array[None]
+    else:
+        array = values[parameter]
+        values[parameter] = jnp.array(np.pad(array, [(0, int(i == axis)) for i in range(array.ndim)]))
+    with pytest.raises((TypeCheckError, TypeError)):  # the latter from inside, where a matrix in a tuple does not fit
+        jax.eval_shape(partial(FUNCTIONS[name], **values))
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - WITHOUT_ARRAYS))
+def test_what_fits_is_taken(name: str) -> None:
+    """The twin of the test above: it refuses for the axis it says."""
+    jax.eval_shape(partial(FUNCTIONS[name], **arguments(name)))

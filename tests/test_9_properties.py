@@ -1,0 +1,170 @@
+"""Part 9: the properties hold for our model and for transformers', and each is seen to fail where it does not hold."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import torch
+from builders import SMALL, layers_of, random_params
+from jax import numpy as jnp
+from jax import vmap
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lovely_llama as ll
+
+TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, 7)
+RAGGED = [TOKENS[:4], TOKENS[1:], TOKENS[:1], TOKENS[3:]]
+ROOM = len(TOKENS) + 4
+
+logits = jax.jit(ll.logits, static_argnums=2)
+llama = jax.jit(ll.llama, static_argnums=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_blocks() -> Iterator[None]:
+    """Attention reads three keys at a time, so that a few tokens are several blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ll, "BLOCK", 3)
+        yield
+
+
+class Ours(NamedTuple):
+    """Our model as the properties take it."""
+
+    params: ll.Params
+    dtype: Any = jnp.float32
+
+    def model(self, tokens: Any) -> Any:
+        return logits(self.params, jnp.asarray(tokens), SMALL)
+
+    def step(self, tokens: Any, cache: Any) -> tuple[Any, Any]:
+        """Tokens after a cache, which knows how many it has seen, and is full of numbers where it has seen none."""
+        seen, cache = cache or (0, jax.tree.map(lambda leaf: leaf + 9, ll.empty_cache(SMALL, ROOM, self.dtype)))
+        out, cache = llama(self.params, jnp.asarray(tokens), cache, jnp.array(seen), SMALL)
+        return out, (seen + len(tokens), cache)
+
+    def rows(self, tokens: Sequence[Any]) -> list[Any]:
+        """Ragged rows in one batch: a prefill of each row's first token, then the rest, padded, from position 1."""
+        width = max(map(len, tokens))
+        padded = jnp.array([[*row, *[0] * (width - len(row))] for row in tokens])
+        caches = vmap(lambda _: ll.empty_cache(SMALL, ROOM, self.dtype))(padded)
+
+        def run(tokens: jax.Array, cache: Any, start: jax.Array) -> Any:
+            return ll.llama(self.params, tokens, cache, start, SMALL)
+
+        first, caches = jax.jit(vmap(run))(padded[:, :1], caches, jnp.zeros(len(tokens), int))
+        rest, _ = jax.jit(vmap(run))(padded[:, 1:], caches, jnp.ones(len(tokens), int))
+        together = jnp.concatenate([first, rest], axis=1)
+        return [scores[: len(row)] for scores, row in zip(together, tokens, strict=True)]
+
+
+OURS = Ours(random_params(SMALL))
+
+
+def rotate(x: Any, position: int) -> Any:
+    return ll.rope(jnp.asarray(x), ll.rope_angles(jnp.array(position), SMALL))
+
+
+def with_heads(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
+    return logits(params, jnp.asarray(tokens), config)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.float64, 1e-13)])
+def test_ours(dtype: Any, bound: float, x64: None) -> None:
+    ours = Ours(random_params(SMALL, dtype=dtype), dtype)
+    ll.check_causality(ours.model, TOKENS, SMALL.vocab)
+    ll.check_cache(ours.step, ours.model, TOKENS, bound)
+    ll.check_rows(ours.rows, ours.model, RAGGED, bound)
+    ll.check_heads(with_heads, ours.params, SMALL, TOKENS, bound)
+
+
+def test_rotation() -> None:
+    ll.check_rotation(rotate, SMALL.head_dim, 1e-5)
+
+
+@torch.no_grad()
+def test_transformers() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=29, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.set_attn_implementation("eager")
+
+    def whole(tokens: Any) -> Any:
+        return theirs(torch.tensor(tokens)[None]).logits[0]
+
+    def cached(tokens: Any, cache: Any) -> tuple[Any, Any]:
+        out = theirs(torch.tensor(tokens)[None], past_key_values=cache, use_cache=True)
+        return out.logits[0], out.past_key_values
+
+    ll.check_causality(whole, TOKENS, 29)
+    ll.check_cache(cached, whole, TOKENS, 1e-5)
+
+
+# ---- Where they do not hold ------------------------------------------------------------------------------------------
+
+causality = partial(ll.check_causality, tokens=TOKENS, vocab=SMALL.vocab)
+cache = partial(ll.check_cache, model=OURS.model, tokens=TOKENS, bound=1e-5)
+rows = partial(ll.check_rows, model=OURS.model, tokens=RAGGED, bound=1e-5)
+rotation = partial(ll.check_rotation, head_dim=SMALL.head_dim, bound=1e-5)
+heads = partial(ll.check_heads, params=OURS.params, config=SMALL, tokens=TOKENS, bound=1e-5)
+
+
+def late(tokens: Any, cache: Any) -> tuple[Any, Any]:
+    """A cache that is written one position late."""
+    scores, (seen, cache) = OURS.step(tokens, cache)
+    return scores, (seen + 1, cache)
+
+
+def crossed(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
+    """Query heads that attend to the keys of the group before theirs."""
+    shift = config.q_per_kv // 4
+    blocks = [w._replace(attn=w.attn._replace(k=jnp.roll(w.attn.k, shift, 0))) for w in layers_of(params)]
+    return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
+
+
+def biased(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
+    """The first query head of each group twice as loud."""
+    blocks = [w._replace(attn=w.attn._replace(o=w.attn.o.at[:, :, 0].multiply(2))) for w in layers_of(params)]
+    return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
+
+
+def ordered(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
+    """The first key/value head twice as loud, however many there are."""
+    blocks = [
+        w._replace(attn=w.attn._replace(o=w.attn.o.at[:, : len(w.attn.k) // 3].multiply(2))) for w in layers_of(params)
+    ]
+    return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
+
+
+# Each with what it must say.
+BROKEN: dict[str, tuple[Callable[[], None], str]] = {
+    "a token sees the next": (lambda: causality(lambda t: OURS.model(t)[::-1]), "logits before a change at 1: "),
+    "tokens are not read": (lambda: causality(lambda t: OURS.model(TOKENS)), "logits at a change at 0: got the same"),
+    "cache written late": (lambda: cache(late), "logits at 1 after a prefill of 1: got a relative error"),
+    "prefill cut short": (lambda: cache(lambda t, c: OURS.step(t[-1:], c)), "logits of a prefill of 2: got shape"),
+    "rows in another order": (
+        lambda: rows(lambda t: OURS.rows(t[::-1]), tokens=[TOKENS, TOKENS[::-1]]), "the row of 7: got a relative"
+    ),
+    "rows padded before": (lambda: rows(lambda t: [OURS.model([0, *r])[1:] for r in t]), "the row of 4: got"),
+    "half the angle": (lambda: rotation(lambda x, m: rotate(x, m // 2)), "a product over distance 1 at 1: "),
+    "a rotation that adds": (lambda: rotation(lambda x, m: jnp.asarray(x) + m), "a norm at 77: "),
+    "a rotation that begins at 1": (lambda: rotation(lambda x, m: rotate(x, m + 1)), "a vector rotated at 0: "),
+    "no rotation": (lambda: rotation(lambda x, m: jnp.asarray(x)), "a product over distance 1: got that over 0"),
+    "keys of another group": (lambda: heads(crossed), "keys and values repeated for every query head: "),
+    "a loud query head": (lambda: heads(biased), "keys and values repeated for every query head: "),
+    "a loud key/value head": (lambda: heads(ordered), "key/value heads in another order: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_can_fail(name: str) -> None:
+    broken, says = BROKEN[name]
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        broken()

@@ -1,0 +1,369 @@
+"""Cases G: the command line and what surrounds it."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from builders import TINY, random_arrays, write_llama2c, write_sentencepiece, write_talker
+from faults import (
+    PATIENCE,
+    USAGE,
+    WORDS,
+    Accepted,
+    Act,
+    Case,
+    Done,
+    TooLong,
+    Unlike,
+    Variant,
+    World,
+    ends,
+    flags,
+    guarded,
+    refused,
+    unchecked,
+)
+
+from lovely_llama_tools.files import load
+from lovely_llama_tools.layout import LLAMA2C
+
+PROGRAM, COMMAND = "lovely-llama", "lovely-llama generate"
+
+# ---- G1: text --------------------------------------------------------------------------------------------------------
+
+
+def told(field: str, *arguments: object, removed: Mapping[str, str] | None = None, **more: Any) -> Variant:
+    """Arguments, with the tiny model, are refused for this field."""
+    return ends(lambda world: world.main(*arguments, "--model", world.talker), 2, field, removed=removed, **more)
+
+
+NO_TEXT_CHECKED = unchecked("prompt", "system", "message", "text", "stop")
+READ_PLAINLY = {"lovely_llama_tools.commands:lines": "lambda: iter(input, '')"}
+
+
+def no_text(field: str, *arguments: object, end: type[BaseException] = Unlike) -> Variant:
+    """Where no text is checked, it comes to a UnicodeEncodeError."""
+    return told(field, *arguments, removed=NO_TEXT_CHECKED, end=end)
+
+
+def no_path(world: World) -> Done:
+    return world.main("generate", "abc", "--model", "\udce9")
+
+
+def typed(line: bytes) -> Callable[[World], Done]:
+    """What is typed and is not UTF-8 is refused."""
+    return lambda world: world.main("chat", "--model", world.talker, "--max-new", 2, stdin=line)
+
+
+def escaped(world: World) -> Any:
+    return world.main("chat", "--model", world.talker, "--max-new", 2, stdin=b"caf\xe9\n", errors="surrogateescape")
+
+
+def megabyte(command: str, field: str, text: str, end: type[BaseException] = Accepted) -> Variant:
+    """Longer than any context here."""
+    long = (text * 2**20)[: 2**20]
+    return ends(lambda world: world.main(command, long, "--model", world.endless), 2, field, "8192", end=end)
+
+
+def raw_argument(world: World) -> Done:
+    process = world.start("generate", b"caf\xe9", "--model", world.talker)
+    out, err = process.communicate(timeout=PATIENCE)
+    return Done(process.returncode, out.decode(), err.decode())
+
+
+def accepts_text(world: World) -> None:
+    assert world.run("generate", "--stop", "é", "--max-new", 2).status == 0
+
+
+# ---- G2: stdout ------------------------------------------------------------------------------------------------------
+
+BARE_MAIN = {"lovely_llama_tools.__main__:main": "lambda: talk(arguments().parse_args(sys.argv[1:])) or 0"}
+
+
+def finish(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
+    _, err = process.communicate(timeout=PATIENCE)
+    assert b"Traceback" not in err
+    assert b"Exception ignored" not in err, err
+    return process.returncode, err.decode()
+
+
+def had_enough(world: World) -> None:
+    """As under `| head -c 5`: the reader goes away."""
+    process = world.start("generate", "abc", "--model", world.endless)
+    assert process.stdout
+    assert process.stdout.read(5)
+    process.stdout.close()
+    process.stdout = None
+    assert finish(process) == (0, "")
+
+
+def full_disk(world: World) -> None:
+    with open("/dev/full", "wb") as full:
+        status, err = finish(world.start("chat", "abc", "--model", world.talker, "--max-new", 3, stdout=full))
+    assert status == 1
+    assert re.fullmatch(r"error: [^\n]*No space left[^\n]*\n", err)
+
+
+def no_stdout(world: World) -> None:
+    """As under `>&-`: there is no stdout at all."""
+    arguments = ("generate", "abc", "--model", world.talker, "--max-new", 3)
+    status, err = finish(world.start(*arguments, before="/bin/sh -c 'exec \"$@\" >&-' sh"))
+    assert status == 0
+    assert err.startswith("prompt 3 tokens") and len(err.splitlines()) == 1
+
+
+def only_ascii(world: World) -> None:
+    process = world.start("generate", "é", "--model", world.french, "--max-new", 3, PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert out == b"\\xe9" * 3 + b"\n"
+
+
+def speaks(world: World) -> None:
+    done = world.run("generate", "--max-new", 5)
+    assert done.status == 0
+    assert re.fullmatch("[a-h]{5}\n", done.out)
+    assert world.main("generate", "é", "--model", world.french, "--max-new", 3).out == "ééé\n"
+
+
+# ---- G3: Ctrl-C ------------------------------------------------------------------------------------------------------
+
+# The process is kept at one thing, once it has left a mark: loading over and over, and in C code that does not return,
+# as for a while the compiler does not, here in a lock that is taken twice.
+LOADING = "lambda path: any((original(path), __import__('pathlib').Path({mark!r}).touch())[1] for _ in iter(int, 1))"
+IN_C = (
+    "lambda *_, **__: (c := __import__('ctypes'), lock := c.CDLL(None).pthread_mutex_lock, "
+    "at := c.create_string_buffer(64), lock(at), __import__('pathlib').Path({mark!r}).touch(), lock(at))"
+)
+PYTHONS_OWN = {"lovely_llama_tools.__main__:end_on_interrupt": "lambda: None"}
+
+
+def interrupt(process: "subprocess.Popen[bytes]") -> None:
+    """Ctrl-C: the status is 130, and the terminal on a new line."""
+    assert process.poll() is None, "it ended by itself"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (130, b"\n")
+
+
+def generating(world: World) -> None:
+    process = world.start("generate", "abc", "--model", world.endless)
+    assert process.stdout
+    assert process.stdout.read(20)
+    interrupt(process)
+
+
+def busy(place: str, work: str) -> Act:
+    """Ctrl-C while the process does one thing for ever."""
+
+    def variant(world: World) -> None:
+        mark = world.folder / "begun"
+        world.removed = {**world.removed, place: work.format(mark=str(mark))}
+        process = world.start("generate", "abc", "--model", world.talker)
+        limit = time.monotonic() + PATIENCE
+        while not mark.exists():
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.02)
+        interrupt(process)
+
+    return variant
+
+
+# ---- G4, G5: files ---------------------------------------------------------------------------------------------------
+
+BLOCKING = {"lovely_llama_tools.formats:open_file": "lambda path: open(path, 'rb')"}
+UNCAUGHT = {
+    "lovely_llama_tools.formats:open_file": "lambda path: __import__('lovely_llama_tools.formats').formats.open(path)"
+}
+# Files that are mapped, and arrays that are not copied.
+MAPPED = {
+    "lovely_llama_tools.formats.gguf:np": "type('Mapped', (), {'__getattr__': lambda _, name: (lambda file, kind, n: "
+    "original.memmap(file.name, kind, 'r', file.tell(), (n,))) if name == 'fromfile' else getattr(original, name)})()",
+    "lovely_llama_tools.layout:jnp": "type('Bare', (), {'__getattr__': lambda _, name: (lambda array, dtype: "
+    "jax.device_put(array)) if name == 'asarray' else getattr(original, name)})()",
+}
+
+
+def place(make: Callable[[Path], object], end: type[BaseException] = OSError, name: str = "model.gguf") -> Variant:
+    """What stands at a path and is no regular file is refused at once, by the API and by the command line."""
+
+    def variant(world: World) -> None:
+        path = world.folder / name
+        made = make(path)
+        path = made if isinstance(made, Path) else path
+        for act in (lambda _: load(path), lambda _: load(str(path))):
+            refused(act, "path", seconds=1).act(world)
+        ends(lambda world: world.run("generate", model=path), 2, "path").act(world)
+
+    return guarded(variant, BLOCKING, end)
+
+
+def no_permission(world: World) -> None:
+    """Root may read everything, and so the system's answer is played."""
+
+    def denied(path: Path, *mode: str) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    world.patch.setattr("lovely_llama_tools.formats.open", denied, raising=False)
+    refused(lambda world: load(world.talker), "path", "Permission denied", seconds=1).act(world)
+    ends(lambda world: world.run("generate"), 2, "path", "Permission denied").act(world)
+
+
+def beside(make: Callable[[Path], object], end: type[BaseException] = OSError) -> Variant:
+    """The same for the tokenizer that a llama2.c file needs."""
+
+    def act(world: World) -> None:
+        model = tiny_llama2c(world.folder)
+        (world.folder / "tokenizer.model").unlink()
+        make(world.folder / "tokenizer.model")
+        load(model)
+
+    return refused(act, "path", "tokenizer.model", removed=BLOCKING, end=end, seconds=1)
+
+
+def tiny_llama2c(folder: Path) -> Path:
+    config = replace(TINY, tied=True)
+    write_sentencepiece(folder / "tokenizer.model", 44)
+    arrays = {name: array / 4 for name, array in random_arrays(LLAMA2C, config, 0).items()}
+    return write_llama2c(folder / "model.bin", config, arrays)
+
+
+CHANGED = """
+import os, numpy
+from lovely_llama_tools import generate, load
+path, change = sys.argv[1:]
+size = os.path.getsize(path)
+def text(model): return "".join(generate(model, [80, 7], 20, seed=1))
+want = text(load(path))
+remove(REMOVED)
+model = load(path)
+with open(path, "r+b") as file:
+    file.truncate(0) if change == "cut" else file.write(bytes([255]) * size)
+print(text(model) == want)
+"""
+
+
+def changed_later(change: str) -> Variant:
+    """A file that is overwritten or cut after it was read changes nothing. In a process, as a fault may end it."""
+
+    def act(world: World) -> None:
+        process = world.python(CHANGED, write_talker(world.folder / "mine.gguf"), change)
+        out, err = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, out) == (0, b"True\n"), err
+
+    return guarded(act, MAPPED)
+
+
+def loads(world: World) -> None:
+    assert load(world.talker).config.ctx == TINY.ctx
+
+
+# ---- G6: options -----------------------------------------------------------------------------------------------------
+
+
+def complains(*arguments: object, field: str = COMMAND) -> Variant:
+    """What argparse would say at the length of its usage is one line."""
+    return told(field, *arguments, removed=USAGE, end=SystemExit)
+
+
+def numbers_of_all_kinds(world: World) -> None:
+    options = ["--min-p", ".5", "--top-k", "5", "--seed", "1", "--top-p", "1e-1", "--max-new", "2"]
+    assert world.run("generate", *options).status == 0
+
+
+# ---- The cases -------------------------------------------------------------------------------------------------------
+
+LOAD, GENERATE = "lovely_llama_tools.commands:load", "lovely_llama_tools.commands:generate"
+NOTHING_KEPT = {"lovely_llama_tools.__main__:run": "main"}
+STRICT = {"lovely_llama_tools.__main__:run": "lambda: [s.reconfigure() for s in (sys.stdout, sys.stderr)] and main()"}
+
+CASES: dict[str, Case] = {
+    "G1": Case(
+        "C", "arguments that are no text, or a megabyte",
+        {
+            "prompt": no_text("prompt", "generate", "caf\udce9"),
+            "question": no_text("prompt", "chat", "caf\udce9"),
+            "half a pair": no_text("prompt", "generate", "\ud83d"),
+            "system": no_text("system", "chat", "abc", "--system", "\udce9"),
+            "stop": no_text("stop", "generate", "abc", "--stop", "\udce9", end=Accepted),
+            "model": ends(no_path, 2, "path", removed=BLOCKING, end=Unlike),
+            "as a process": ends(raw_argument, 2, "prompt", removed=NO_TEXT_CHECKED, end=Unlike),
+            "typed": ends(typed(b"caf\xe9\n"), 2, "line", removed=READ_PLAINLY, end=Unlike),
+            "typed, escaped": ends(escaped, 2, "message", removed=NO_TEXT_CHECKED, end=Unlike),
+            "a megabyte typed": ends(typed(b"a" * 2**20 + b"\n"), 2, "tokens"),
+            "a megabyte to continue": megabyte("generate", "prompt", "a", Unlike),
+            **{f"a megabyte of {text!r}": megabyte("chat", "tokens", text) for text in ("a", "the ", "é", "1")},
+        },
+        accepts_text,
+    ),
+    "G2": Case(
+        "C", "a stdout that is closed, full, or ASCII",
+        {
+            "ASCII": guarded(only_ascii, NOTHING_KEPT),
+            "| head": guarded(had_enough, BARE_MAIN),
+            "> /dev/full": guarded(full_disk, BARE_MAIN),
+            ">&-": guarded(no_stdout, STRICT),
+        },
+        speaks,
+    ),
+    "G3": Case(
+        "C", "Ctrl-C",
+        {
+            "generating": guarded(generating, PYTHONS_OWN),
+            "loading": guarded(busy(LOAD, LOADING), PYTHONS_OWN),
+            "compiling": guarded(busy(GENERATE, IN_C), PYTHONS_OWN, end=TooLong),
+        },
+        speaks,
+    ),
+    "G4": Case(
+        "C", "a path to what is no file",
+        {
+            "a folder": place(Path.mkdir),
+            "nothing": place(lambda path: None),
+            "a pipe": place(os.mkfifo, TooLong),
+            "/dev/zero": place(lambda path: Path("/dev/zero"), Unlike),
+            "/dev/null": place(lambda path: Path("/dev/null"), Unlike),
+            "a link to itself": place(lambda path: path.symlink_to(path)),
+            "a link to nothing": place(lambda path: path.symlink_to("nowhere")),
+            "a link to a pipe": place(lambda path: (os.mkfifo(f"{path}2"), path.symlink_to(f"{path}2"))[1], TooLong),
+            "below a file": place(lambda path: (path.write_text(""), path / "model.gguf")[1]),
+            "NUL": place(lambda path: path / "a\0b", ValueError),
+            "a long name": place(lambda path: path / ("a" * 9999)),
+            "no permission": guarded(no_permission, UNCAUGHT, end=OSError),
+            "no tokenizer": beside(lambda path: None),
+            "a folder for a tokenizer": beside(Path.mkdir),
+            "a pipe for a tokenizer": beside(os.mkfifo, TooLong),
+        },
+        loads,
+    ),
+    "G5": Case(
+        "C", "a file that is changed once it is loaded",
+        {"overwritten": changed_later("overwritten"), "cut": changed_later("cut")},
+        loads,
+    ),
+    "G6": Case(
+        "M", "options that there are not, and numbers that are none",
+        {
+            "an unknown option": complains("generate", "abc", "--warmth", "2", field=PROGRAM),
+            "an unknown short one": complains("generate", "abc", "-t", "2", field=PROGRAM),
+            "a part of an option": complains("generate", "abc", "--temp", "0", field=PROGRAM),
+            "an unknown command": complains("shout", "abc", field=PROGRAM),
+            "no command": ends(lambda w: w.main(), 2, PROGRAM, removed=USAGE, end=SystemExit),
+            "no prompt": ends(lambda w: w.main("generate"), 2, COMMAND, removed=USAGE, end=SystemExit),
+            "two prompts": complains("generate", "abc", "def", field=PROGRAM),
+            "no value": complains("generate", "abc", "--seed"),
+            "an empty stop": told("stop", "generate", "abc", "--stop", ""),
+            "a system, and nobody to tell": complains("generate", "abc", "--system", "be kind", field=PROGRAM),
+            "a line in an option": complains("generate", "abc", "--a\nb", field=PROGRAM),
+            **flags("min-p", float, *WORDS), **flags("repetition-penalty", float, *WORDS),
+            **flags("repetition-penalty", float, "nan", end=Unlike),
+        },
+        numbers_of_all_kinds,
+    ),
+}  # fmt: skip

@@ -1,0 +1,130 @@
+"""The faults of faults_generation.py and faults_commands.py: variants, twins, and variants without their guards."""
+
+import contextlib
+import functools
+import importlib
+import re
+import signal
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import faults_commands
+import faults_generation
+import jax
+import jaxtyping
+import pytest
+from builders import write_talker
+from faults import PATIENCE, Accepted, Case, Guard, TooLong, Unlike, World
+from removal import remove
+
+from lovely_llama import choose
+from lovely_llama_tools import commands
+
+CASES: dict[str, Case] = faults_generation.CASES | faults_commands.CASES
+VARIANTS = [(case, name) for case in CASES for name in CASES[case].variants]
+
+
+@pytest.fixture(scope="module")
+def talkers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("talkers")
+    return (
+        write_talker(folder / "talker.gguf"),
+        write_talker(folder / "endless.gguf", ctx=8192),
+        write_talker(folder / "french.gguf", "é"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it() -> Generator[None]:
+    """No types are checked: what that would refuse must be refused without."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, talkers: tuple[Path, Path, Path], request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+) -> Generator[World]:  # fmt: skip
+    if name := request.node.callspec.params.get("case"):
+        case = CASES[name]
+        record_property("fault", (name, case.severity, len(case.variants)))  # for the score
+    world = World(tmp_path, monkeypatch, *talkers)
+    yield world
+    world.end()
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Generator[None]:
+    def ring(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def forget_programs() -> None:
+    """What was compiled with a guard, or without, is not run again."""
+    programs = importlib.import_module("lovely_llama_tools.generate")
+    for compiled in (choose, programs.read_tokens, programs.read_layer, programs.read_out):
+        compiled.clear_cache()
+
+
+@contextlib.contextmanager
+def without(world: World, guard: Guard) -> Generator[None]:
+    assert world.model  # loaded with everything in place
+    with world.patch.context() as patch:
+        world.patch, world.removed = patch, guard.removed
+        if guard.compiled:
+            forget_programs()
+        remove(guard.removed, functools.partial(patch.setattr, raising=False))
+        yield
+    if guard.compiled:
+        forget_programs()
+
+
+@pytest.mark.parametrize(("case", "name"), VARIANTS)
+def test_variant(world: World, case: str, name: str) -> None:
+    """It ends as the contract says."""
+    with at_most(PATIENCE):
+        CASES[case].variants[name].act(world)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twin(world: World, case: str) -> None:
+    """With nothing wrong in it, it works."""
+    CASES[case].twin(world)
+
+
+@pytest.mark.parametrize(("case", "name"), VARIANTS)
+def test_without_its_guard_it_does_not_hold(world: World, case: str, name: str) -> None:
+    """It ends in the way that is stated for it: not just anyhow."""
+    act, guard = CASES[case].variants[name]
+    seconds = 5 if guard.end is TooLong else PATIENCE
+    with pytest.raises(BaseException) as caught, without(world, guard), at_most(seconds):
+        act(world)
+    plainly_wrong = (AssertionError, Accepted, Unlike)  # each in its own right, though all are AssertionErrors
+    stated = caught.type is guard.end if guard.end in plainly_wrong else issubclass(caught.type, guard.end)
+    assert stated, f"without {', '.join(guard.removed)} it ended in {caught.value!r}, not {guard.end}"
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("a\nb"), MemoryError(), TypeError("no"), jax.errors.JaxRuntimeError("x")]
+)
+def test_a_fault_that_nobody_thought_of_is_one_line(world: World, fault: Exception) -> None:
+    def fail(path: Path) -> Any:
+        raise fault
+
+    world.patch.setattr(commands, "load", fail)
+    done = world.run("generate")
+    assert (done.status, done.out) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", done.err)
+    with pytest.raises(type(fault)):
+        world.main("--debug", "generate", "abc")

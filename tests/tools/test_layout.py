@@ -1,0 +1,173 @@
+"""Names and layouts of other formats: what is a reshape, what is a permutation, and what is refused."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from asserts import assert_close
+from builders import SMALL, Arrays, layers_of, random_arrays, random_params
+
+from lovely_llama import LlamaError, Params, RopeScaling
+from lovely_llama_tools.formats.hugging_face import from_hf, to_hf
+from lovely_llama_tools.formats.llama2c import from_llama2c, to_llama2c
+from lovely_llama_tools.layout import HUGGING_FACE, LLAMA2C, Layout, check_tensors, rope_scaling
+
+CONVERSIONS: dict[str, tuple[Callable[..., Params], Callable[..., Any], Layout]] = {
+    "llama2c": (from_llama2c, to_llama2c, LLAMA2C),
+    "hf": (from_hf, to_hf, HUGGING_FACE),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_from_and_to_are_inverse(name: str, tied: bool) -> None:
+    config = replace(SMALL, tied=tied)
+    read, write, layout = CONVERSIONS[name]
+    params, arrays = random_params(config), random_arrays(layout, config, 1)
+    assert_close(read(write(params, config), config), params, 0, "params")
+    assert_close(write(read(arrays, config), config), arrays, 0, "arrays")
+    assert len(arrays) == 9 * config.layers + (2 if tied else 3)
+    assert any("output" in tensor or "lm_head" in tensor for tensor in arrays) != tied
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_from_is_linear(name: str) -> None:
+    """So that it maps gradients as it maps parameters."""
+    read, _, layout = CONVERSIONS[name]
+    a, b = (random_arrays(layout, SMALL, seed) for seed in (1, 2))
+    both = {tensor: 2 * a[tensor] - b[tensor] for tensor in a}
+    want = jax.tree.map(lambda x, y: 2 * x - y, read(a, SMALL), read(b, SMALL))
+    assert_close(read(both, SMALL), want, 0, "2a − b")
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_arrays_changed_afterwards_change_nothing(name: str) -> None:
+    """Memory of numpy that is aligned to 64 bytes jax would otherwise use in place."""
+    read, _, layout = CONVERSIONS[name]
+    arrays: Arrays = {}
+    for tensor, array in random_arrays(layout, SMALL, 1).items():
+        memory = np.empty(array.nbytes + 64, np.uint8)
+        memory = memory[-memory.ctypes.data % 64 :][: array.nbytes]
+        arrays[tensor] = memory.view(array.dtype).reshape(array.shape)
+        arrays[tensor][:] = array
+    params = read(arrays, SMALL)
+    before = jax.tree.map(np.array, params)
+    for array in arrays.values():
+        array[:] = 7
+    assert_close(params, before, 0, "parameters")
+
+
+def test_llama2c_is_a_reshape() -> None:
+    arrays = random_arrays(LLAMA2C, SMALL, 1)
+    for layer, block in enumerate(layers_of(from_llama2c(arrays, SMALL))):
+        named = {"wq": block.attn.q, "wk": block.attn.k, "wv": block.attn.v, "wo": block.attn.o}
+        for name, leaf in named.items():
+            want = arrays[f"layers.{layer}.attention.{name}.weight"]
+            np.testing.assert_array_equal(np.asarray(leaf).ravel(), want.ravel())
+        named = {"w1": block.ffn.gate, "w2": block.ffn.down, "w3": block.ffn.up}
+        for name, leaf in named.items():
+            np.testing.assert_array_equal(leaf, arrays[f"layers.{layer}.feed_forward.{name}.weight"])
+
+
+def test_hugging_face_splits_pairs_into_halves() -> None:
+    """Row i of a head's first half is row 2i here, and row i of its second half 2i + 1: for key/value heads, too."""
+    arrays, half = random_arrays(HUGGING_FACE, SMALL, 1), SMALL.head_dim // 2
+    block = layers_of(from_hf(arrays, SMALL))[1]
+    q = arrays["model.layers.1.self_attn.q_proj.weight"].reshape(-1, SMALL.head_dim, SMALL.dim)
+    k = arrays["model.layers.1.self_attn.k_proj.weight"].reshape(-1, SMALL.head_dim, SMALL.dim)
+    for i in range(half):
+        for head in range(SMALL.kv_heads):
+            np.testing.assert_array_equal(block.attn.k[head, 2 * i : 2 * i + 2], k[head, [i, i + half]])
+            for query in range(SMALL.q_per_kv):
+                want = q[head * SMALL.q_per_kv + query, [i, i + half]]
+                np.testing.assert_array_equal(block.attn.q[head, query, 2 * i : 2 * i + 2], want)
+    v = arrays["model.layers.1.self_attn.v_proj.weight"]
+    np.testing.assert_array_equal(block.attn.v, v.reshape(block.attn.v.shape))
+
+
+# ---- Sets of tensors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "field", "says"),
+    [
+        ({"a": (2, 3)}, "tensors", r"1 missing \(b\)"),
+        ({"a": (2, 3), "b": (4,), "c": (1,)}, "tensors", r"1 unexpected \(c\)"),
+        ({"a": (3, 2), "b": (4,)}, "a", r"got \(3, 2\), expected \(2, 3\)"),
+        ({"x": (2, 3), "b": (4,)}, "tensors", r"1 missing \(a\)"),
+    ],
+)
+def test_tensors_are_all_of_them_and_no_others(found: dict[str, tuple[int, ...]], field: str, says: str) -> None:
+    want = {"a": (2, 3), "b": (4,)}
+    check_tensors(want, dict(want), "a file")
+    with pytest.raises(LlamaError, match=f"^a file: .*{says}") as caught:
+        check_tensors(want, found, "a file")
+    assert caught.value.field == field
+
+
+# ---- Rotary scalings -------------------------------------------------------------------------------------------------
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize(
+    ("kind", "fields", "want"),
+    [
+        ("default", {}, None),
+        ("default", {"rope_theta": 1e4}, None),
+        ("linear", {"factor": 2.0}, RopeScaling("linear", 2.0)),
+        ("linear", {"factor": 3, "rope_theta": 1e4}, RopeScaling("linear", 3.0)),
+        ("llama3", LLAMA3, RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)),
+        ("yarn", YARN, RopeScaling("yarn", 4.0, 4096, 1.0, 32.0, 0.1 * math.log(4) + 1)),
+        (
+            "yarn",
+            YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5},
+            RopeScaling("yarn", 4.0, 4096, 2.0, 16.0, 1.5),
+        ),
+    ],
+)
+def test_scalings_are_understood(key: str, kind: str, fields: dict[str, Any], want: RopeScaling | None) -> None:
+    assert rope_scaling({key: kind} | fields, "config.json") == want
+
+
+def test_no_scaling_is_none() -> None:
+    assert rope_scaling({}, "config.json") is None
+
+
+def without(field: str) -> dict[str, Any]:
+    return {"rope_type": "llama3"} | {name: value for name, value in LLAMA3.items() if name != field}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "says"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_scaling.rope_type", "dynamic"),
+        ({"type": "longrope", "factor": 2.0}, "rope_scaling.rope_type", "longrope"),
+        ({"rope_type": 5}, "rope_scaling.rope_type", "5"),
+        ({"rope_type": ["linear"], "factor": 2.0}, "rope_scaling.rope_type", "linear"),
+        ({"type": "linear", "factor": 2.0, "mscale": 1.0}, "rope_scaling", "mscale"),
+        ({"type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "rope_scaling", "low_freq_factor"),
+        ({"rope_type": "default", "beta_fast": 32}, "rope_scaling", "beta_fast"),
+        ({"rope_type": "linear"}, "rope_scaling.factor", "None"),
+        ({"rope_type": "linear", "factor": "2"}, "rope_scaling.factor", "2"),
+        ({"rope_type": "linear", "factor": True}, "rope_scaling.factor", "True"),
+        ({"rope_type": "linear", "factor": math.nan}, "rope_scaling.factor", "nan"),
+        ({"rope_type": "yarn"} | YARN | {"factor": -4.0}, "rope_scaling.factor", "-4.0"),
+        ({"rope_type": "yarn", "factor": 4.0}, "rope_scaling.original_max_position_embeddings", "None"),
+        (
+            {"rope_type": "yarn"} | YARN | {"original_max_position_embeddings": 40.5},
+            "rope_scaling.original_max_position_embeddings", "40.5",
+        ),
+        *((without(name), f"rope_scaling.{name}", "None") for name in LLAMA3),
+    ],
+)  # fmt: skip
+def test_scalings_that_are_not_understood_are_refused_by_name(fields: dict[str, Any], field: str, says: str) -> None:
+    with pytest.raises(LlamaError, match=rf"^config.json: {field}: got .*{says}") as caught:
+        rope_scaling(fields, "config.json")
+    assert caught.value.field == field

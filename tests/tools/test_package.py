@@ -1,0 +1,55 @@
+"""The package: importing it loads nothing, and an optional package that is missing is named in one line."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lovely_llama_tools
+from lovely_llama import LlamaError
+from lovely_llama_tools.extras import extra
+
+FILE = Path(lovely_llama_tools.__file__ or "")
+
+
+def printed(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_importing_it_loads_nothing() -> None:
+    """Not even the library; and each of its names loads no more than it needs."""
+    loaded = "print(*[n for n in sys.modules if n.partition('.')[0] in ('jax', 'numpy', 'lovely_llama_tools')])"
+    assert printed(f"import sys, lovely_llama_tools; {loaded}") == ["lovely_llama_tools"]
+    others = "('gguf', 'tokenizers', 'jinja2', 'sentencepiece', 'lovely_llama_tools.commands')"
+    assert not printed(
+        f"import sys; from lovely_llama_tools import *; print(*[n for n in sys.modules if n in {others}])"
+    )
+
+
+@pytest.mark.parametrize("before", ["", "import lovely_llama_tools.generate, lovely_llama_tools.commands; "])
+def test_generate_is_the_function_whatever_was_imported_before(before: str) -> None:
+    code = f"{before}import lovely_llama_tools as t; print(type(t.generate).__name__, 'generate' in dir(t))"
+    assert printed(code) == ["function", "True"]
+
+
+def test_its_names_are_those_that_type_checkers_see() -> None:
+    (checked,) = [node for node in ast.parse(FILE.read_text()).body if isinstance(node, ast.If)]
+    imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert seen == lovely_llama_tools.MODULES
+    for name in lovely_llama_tools.MODULES:
+        assert getattr(lovely_llama_tools, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'generat'"):
+        lovely_llama_tools.generat  # noqa: B018  # pyright: ignore
+
+
+def test_a_missing_package_names_the_extra() -> None:
+    assert extra("json", "chat").loads("1") == 1
+    with pytest.raises(
+        LlamaError, match=r"^environment: nowhere: got no such package, .*lovely-llama\[chat\]"
+    ) as caught:
+        extra("nowhere.module", "chat")
+    assert (caught.value.file, caught.value.field) == ("environment", "nowhere")

@@ -1,0 +1,12 @@
+# jax.distributed: several processes as one.
+
+from collections.abc import Sequence
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    local_device_ids: int | Sequence[int] | None = None,
+) -> None: ...
+def is_initialized() -> bool: ...
+def shutdown() -> None: ...

@@ -1,0 +1,6 @@
+# jax.monitoring: what jax reports of itself, such as each compilation.
+
+from collections.abc import Callable
+
+def register_event_duration_secs_listener(callback: Callable[..., None]) -> None: ...
+def unregister_event_duration_listener(callback: Callable[..., None]) -> None: ...

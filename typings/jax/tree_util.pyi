@@ -1,0 +1,13 @@
+# jax.tree_util: what a tree is but for its leaves, and the way to a leaf.
+
+from collections.abc import Iterable
+from typing import Any
+
+type KeyPath = tuple[Any, ...]
+
+class PyTreeDef:
+    @property
+    def num_leaves(self) -> int: ...
+    def unflatten(self, leaves: Iterable[Any], /) -> Any: ...
+
+def keystr(keys: KeyPath, *, simple: bool = False, separator: str = "") -> str: ...

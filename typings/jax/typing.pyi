@@ -1,0 +1,13 @@
+# jax.typing: what may stand for an array, and for the type of its elements.
+
+from typing import Any, Protocol
+
+import numpy as np
+from jax import Array
+
+class _SupportsDType(Protocol):
+    @property
+    def dtype(self) -> np.dtype: ...
+
+type ArrayLike = Array | np.ndarray | np.bool | np.number | bool | int | float | complex
+type DTypeLike = str | type[Any] | np.dtype | _SupportsDType
