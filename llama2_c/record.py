@@ -1,6 +1,6 @@
-"""Record what llama2.c computes: `python llama2_c/record.py CHECKOUT OUT` writes the files that stand beside it.
+"""Record llama2.c's results: `python llama2_c/record.py CHECKOUT OUT` writes the files next to this one.
 
-CHECKOUT is a clone of github.com/karpathy/llama2.c. Each function is recorded with inputs drawn for it, its outputs, a
+CHECKOUT is a clone of github.com/karpathy/llama2.c. Each function is recorded with random inputs, its outputs, a
 cotangent for each output, and the gradient of Σ output · cotangent with respect to every input and weight.
 """
 
@@ -22,7 +22,7 @@ from torch.func import functional_call
 Arrays = dict[str, np.ndarray]
 Tensors = dict[str, torch.Tensor]
 
-# No two sizes of a config are equal where an axis could be taken for another. The longest context is gqa's.
+# Within a config, axes that could be mistaken for each other differ in size. gqa has the longest context.
 CONFIGS: dict[str, dict[str, Any]] = {
     "mha": dict(dim=24, n_layers=3, n_heads=4, n_kv_heads=4, vocab_size=37, hidden_dim=34, max_seq_len=19),
     "gqa": dict(dim=36, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=41, hidden_dim=28, max_seq_len=80),
@@ -41,7 +41,7 @@ TRAIN: dict[str, Any] = dict(
 
 
 def load_upstream(checkout: Path) -> tuple[Any, Any]:
-    """The checkout's model.py and export.py, which knows the first as `model`."""
+    """The checkout's model.py and export.py, which imports the former as `model`."""
     sys.path.insert(0, str(checkout))
     try:
         return importlib.import_module("model"), importlib.import_module("export")
@@ -50,7 +50,7 @@ def load_upstream(checkout: Path) -> tuple[Any, Any]:
 
 
 def make_model(upstream: Any, args: Mapping[str, Any], tied: bool) -> Any:
-    """A Transformer whose every parameter is random, the gains too; untied it has an unembedding of its own."""
+    """A Transformer with all parameters random, gains included, and with its own unembedding if untied."""
     model = upstream.Transformer(upstream.ModelArgs(**args))
     if not tied:
         model.output.weight = torch.nn.Parameter(torch.empty_like(model.output.weight))
@@ -120,7 +120,7 @@ def record_model(model: Any, batch: int, seq: int) -> Tensors:
 
 
 def learning_rate(step: int) -> float:
-    """llama2.c's `get_lr`: a linear warmup from 0, then a cosine to the least."""
+    """llama2.c's `get_lr`: linear warmup from 0, then cosine decay to min_lr."""
     warmup, decay, most, least = (TRAIN[k] for k in ("warmup_iters", "lr_decay_iters", "learning_rate", "min_lr"))
     if step < warmup:
         return most * step / warmup
@@ -128,9 +128,9 @@ def learning_rate(step: int) -> float:
 
 
 def record_training(model: Any, rows: int, seq: int) -> Arrays:
-    """The loop of llama2.c's train.py on random tokens. It changes the model.
+    """The training loop of llama2.c's train.py on random tokens. Modifies the model.
 
-    The files were recorded with `record_model`'s gradient still in place: the first step's holds it besides its own.
+    The files were recorded with the gradient of `record_model` still in place, so the first step's includes it.
     """
     tokens = torch.randint(model.params.vocab_size, (STEPS, TRAIN["accumulation"], rows, seq + 1))
     optimizer = model.configure_optimizers(TRAIN["weight_decay"], TRAIN["learning_rate"], TRAIN["betas"], "cpu")
@@ -155,13 +155,13 @@ def record_training(model: Any, rows: int, seq: int) -> Arrays:
 
 
 def as_arrays(tensors: Tensors) -> Arrays:
-    """float32 as it is, ids as int32; copied, for training changes the parameters in place."""
+    """float32 unchanged, ids as int32; copied, since training changes the parameters in place."""
     arrays = {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
     return {name: a.astype(np.int32) if a.dtype == np.int64 else a for name, a in arrays.items()}
 
 
 def record(upstream: Any, args: Mapping[str, Any], tied: bool, seed: int) -> tuple[Arrays, dict[str, str]]:
-    """All numbers of one config, and the metadata that says what they are of."""
+    """All arrays of one config, and the metadata that describes them."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     model, seq = make_model(upstream, args, tied), args["max_seq_len"] - 3
@@ -173,13 +173,13 @@ def record(upstream: Any, args: Mapping[str, Any], tied: bool, seed: int) -> tup
 
 
 def record_exports(upstream: Any, export: Any, tied: bool, seed: int, stem: Path, source: str) -> None:
-    """One model in the three versions of llama2.c's own format, and what it must answer."""
+    """One model in the three versions of llama2.c's own format, and its logits."""
     torch.manual_seed(seed)
     model = make_model(upstream, EXPORTED, tied)
     tokens = torch.randint(EXPORTED["vocab_size"], (1, EXPORTED["max_seq_len"]))
     answer = as_arrays({"tokens": tokens, "logits": model(tokens, tokens)})
     save_file(answer, f"{stem}.bin.safetensors", {"source": source})
-    for version in (1, 2, 0):  # 0 comes last: its exporter turns the sign of an untied model's vocab_size
+    for version in (1, 2, 0):  # 0 comes last: its exporter negates an untied model's vocab_size
         export.model_export(model, f"{stem}.v{version}.bin", version)
 
 

@@ -1,4 +1,4 @@
-"""What tests assert: relative norms, leaf by leaf, and refusals in one line."""
+"""Assertions: relative errors leaf by leaf, and one-line refusals."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -13,13 +13,13 @@ import pytest
 from lovely_llama import LlamaError
 from lovely_llama_tools.files import load
 
-# Tests run what they compile only a few times; without optimisation it compiles in a third of the time.
+# Tests run each compiled program only a few times; without optimisation, compilation takes a third of the time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit: Callable[..., Callable[..., Any]] = partial(jax.jit, compiler_options=QUICK)  # of any type: it takes numpy arrays
+jit: Callable[..., Callable[..., Any]] = partial(jax.jit, compiler_options=QUICK)  # untyped: it takes numpy arrays too
 
 
 def assert_close(got: Any, want: Any, bound: float, what: str = "") -> None:
-    """‖got − want‖ ≤ bound ‖want‖ for each leaf of two trees, in float64. A failure names every leaf that is off."""
+    """‖got − want‖ ≤ bound ‖want‖ for each leaf of two trees, in float64. A failure names every leaf out of bounds."""
     leaves, tree = jax.tree.flatten_with_path(got)
     wanted, wanted_tree = jax.tree.flatten(want)
     assert tree == wanted_tree, f"{what}: got {tree}, expected {wanted_tree}"
@@ -31,7 +31,7 @@ def assert_close(got: Any, want: Any, bound: float, what: str = "") -> None:
             wrong.append(f"{name}: got shape {a.shape}, expected {b.shape}")
             continue
         error, size = np.linalg.norm(a - b), np.linalg.norm(b)
-        if not error <= bound * size:  # so that NaN is wrong too
+        if not error <= bound * size:  # negated, so that NaN fails too
             wrong.append(f"{name}: got error {error / size if size else error:.2e}, expected at most {bound:.0e}")
     assert not wrong, "\n".join(wrong)
 
@@ -42,7 +42,7 @@ def assert_finite(tree: Any) -> None:
 
 
 def assert_refused(path: Path, data: bytes, *fields: str) -> str:
-    """A file with this content is refused in one line, for one of these fields, and takes no memory."""
+    """A file with this content is refused in one line, for one of these fields, without allocating much memory."""
     path.write_bytes(data)
     tracemalloc.start()
     try:
@@ -53,7 +53,7 @@ def assert_refused(path: Path, data: bytes, *fields: str) -> str:
         tracemalloc.stop()
     message, field = str(caught.value), caught.value.field
     assert caught.value.file == str(path) and field in fields, message
-    assert peak < 2**26, f"took {peak >> 20} MiB"
+    assert peak < 2**26, f"allocated {peak >> 20} MiB"
     assert message.startswith(f"{path}: {field}: got ") and ", expected " in message and "\n" not in message
     assert len(message) < len(str(path)) + 400, message
     return message

@@ -1,4 +1,4 @@
-"""What tests are made of: configs, parameters, tokenizers, models, and the files that hold them."""
+"""Test data: configs, parameters, tokenizers, models, and files that hold them."""
 
 import functools
 import json
@@ -27,8 +27,8 @@ Arrays = dict[str, "np.ndarray[tuple[int, ...], Any]"]
 
 # ---- Configs and parameters ------------------------------------------------------------------------------------------
 
-# No two sizes are equal, the heads together are not as wide as dim, and eps, theta and scaling are nobody's defaults.
-# With this theta and original context a head's five pairs lie in all three of llama3's bands.
+# Sizes differ pairwise, the heads together are not as wide as dim, and eps, theta and scaling are unusual.
+# With this theta and original context, a head's five pairs cover all three bands of llama3's scaling.
 SMALL = Config(
     vocab=29, dim=14, layers=2, kv_heads=3, q_per_kv=4, head_dim=10, hidden_dim=19, ctx=131, eps=3e-4, theta=700.0,
     rope_scaling=RopeScaling("llama3", 3.0, 40, low=1.0, high=4.0), tied=False,
@@ -36,7 +36,7 @@ SMALL = Config(
 
 
 def random_params(config: Config, seed: int = 0, dtype: Any = jnp.float32) -> Params:
-    """Parameters none of which is 0, 1 or small: gains 1 ± ½, matrices that keep a vector's size."""
+    """Random parameters: gains 1 ± ½, and matrices that preserve a vector's norm on average."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -50,13 +50,13 @@ def random_params(config: Config, seed: int = 0, dtype: Any = jnp.float32) -> Pa
 
 
 def layers_of(params: Params) -> tuple[Block, ...]:
-    """The blocks, where they stand in a tuple."""
+    """The blocks, which must be in a tuple."""
     assert not isinstance(params.blocks, Block)
     return params.blocks
 
 
 def random_arrays(layout: Layout, config: Config, seed: int) -> Arrays:
-    """Tensors under the names of a format, normally distributed."""
+    """Normally distributed tensors, under the names of a format."""
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in all_tensors(layout, config).items()}
 
@@ -68,11 +68,11 @@ RECORDED = [f"{name}_{embedding}" for name in ("mha", "gqa", "mqa", "deep") for 
 
 
 class Recording(NamedTuple):
-    """What llama2.c computes with one config: see the names in llama2_c/record.py."""
+    """llama2.c's results for one config, under the names in llama2_c/record.py."""
 
     config: Config
     arrays: dict[str, Any]
-    train: dict[str, Any]  # its optimiser's settings
+    train: dict[str, Any]  # the settings of its optimiser
 
     @classmethod
     def of(cls, arrays: dict[str, Any], metadata: dict[str, str]) -> Self:
@@ -86,13 +86,13 @@ class Recording(NamedTuple):
         return cls(config, arrays, json.loads(metadata["train"]))
 
     def under(self, prefix: str) -> dict[str, Any]:
-        """The arrays whose names begin so, by the rest of their names."""
+        """The arrays whose names start with the prefix, by the rest of their names."""
         return {name.removeprefix(prefix): a for name, a in self.arrays.items() if name.startswith(prefix)}
 
     def check(self, name: str, function: Callable[..., dict[str, Any]], what: str) -> None:
-        """Compare one function's "value" or "gradient": it takes and returns what was recorded, by name."""
+        """Compare one function's "value" or "gradient". It takes and returns the recorded arrays by name."""
         args, outs, cotangents, grads = (self.under(f"{name}.{kind}") for kind in ("in.", "out", "cotangent", "grad."))
-        config = replace(self.config, layers=1, tied=True)  # neither matters to a function: it is compiled only once
+        config = replace(self.config, layers=1, tied=True)  # neither matters here; fixed, they save compilations
         value, gradient = value_and_gradient(function, config, args, cotangents)
         if what == "value":
             assert_close(value, outs, 1e-5, name)
@@ -120,7 +120,7 @@ def load_recording(name: str) -> Recording:
 
 
 def write_sentencepiece(path: Path, pieces: int) -> None:
-    """A SentencePiece model with so many pieces."""
+    """Write a SentencePiece model with this many pieces."""
     text = ["the sky is blue", "the sea is blue too", "why is the sky so blue", "so it goes"] * 3
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -129,7 +129,7 @@ def write_sentencepiece(path: Path, pieces: int) -> None:
 
 
 def letter_tokenizer(pieces: Sequence[bytes], stops: Sequence[int] = (), prefix: bytes = b"") -> Tokenizer:
-    """A tokenizer that takes a text letter by letter."""
+    """A tokenizer with one token per character."""
 
     def encode(text: str, special: bool) -> list[int]:
         return [pieces.index(character.encode()) for character in text]
@@ -137,7 +137,7 @@ def letter_tokenizer(pieces: Sequence[bytes], stops: Sequence[int] = (), prefix:
     return Tokenizer(encode, pieces, {"<s>": 0, "</s>": 1}, frozenset(stops), 0, True, prefix, None)
 
 
-# GPT-2's letters for bytes, in the order of the bytes: invisible ones are moved to U+0100 and beyond.
+# GPT-2's letters for bytes, in byte order: invisible ones are moved to U+0100 and beyond.
 SEEN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 UNSEEN = [byte for byte in range(256) if byte not in SEEN]
 LETTERS = [chr(b) if b in SEEN else chr(256 + UNSEEN.index(b)) for b in range(256)]
@@ -171,7 +171,7 @@ LLAMA2C_ORDER = (
 
 
 def write_llama2c(path: Path, config: Config, arrays: Mapping[str, Any]) -> Path:
-    """A tied model in version 0, as run.c reads it."""
+    """Write a tied model in version 0, the one that run.c reads."""
     heads = config.kv_heads * config.q_per_kv
     sizes = (config.dim, config.hidden_dim, config.layers, heads, config.kv_heads, config.vocab, config.ctx)
     with path.open("wb") as file:
@@ -179,7 +179,7 @@ def write_llama2c(path: Path, config: Config, arrays: Mapping[str, Any]) -> Path
         for name in LLAMA2C_ORDER:
             for full in dict.fromkeys(name.format(layer) for layer in range(config.layers)):
                 file.write(arrays[f"{full}.weight"].astype("<f4").tobytes())
-        file.write(bytes(4 * config.ctx * config.head_dim))  # tables of cosines and sines, which nobody reads
+        file.write(bytes(4 * config.ctx * config.head_dim))  # tables of cosines and sines, ignored when read
     return path
 
 
@@ -189,7 +189,7 @@ TINY = Config(len(TOKENS), 32, 2, 2, 2, 8, 24, 64, 1e-5, 1e4, None, True)
 
 
 def tiny_fields(config: Config = TINY) -> dict[str, Any]:
-    """What a GGUF says of a model apart from its tensors."""
+    """The metadata fields of a GGUF."""
     return {
         "llama.block_count": config.layers,
         "llama.context_length": config.ctx,
@@ -217,9 +217,9 @@ def tiny_arrays(config: Config = TINY, seed: int = 0, scale: float = 0.3) -> Arr
 
 
 def write_gguf(path: Path, fields: Mapping[str, Any], arrays: Mapping[str, Any], quantised: Iterable[str] = ()) -> Path:
-    """A GGUF as the gguf package writes it, some of its tensors as Q8_0."""
+    """Write a GGUF with the gguf package, some tensors quantised to Q8_0."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_custom_alignment(64)  # so that jax could use mapped memory in place, if nobody copied it
+    writer.add_custom_alignment(64)  # so that jax could alias mapped memory if it were not copied
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
@@ -243,7 +243,7 @@ def write_gguf(path: Path, fields: Mapping[str, Any], arrays: Mapping[str, Any],
 
 
 def write_talker(path: Path, says: str = "abcdefgh", ctx: int = 64) -> Path:
-    """A model that says only these letters: its hidden states all lie on one side, and their unembeddings with them."""
+    """Write a model that generates only these letters: all hidden states, and their unembeddings, lie on one side."""
     config = replace(TINY, tied=False, ctx=ctx)
     arrays, spoken = tiny_arrays(config), [TOKENS.index("Ã©" if letter == "é" else letter) for letter in says]
     arrays = {name: array / 5 if "blk" in name else array for name, array in arrays.items()}
@@ -255,7 +255,7 @@ def write_talker(path: Path, says: str = "abcdefgh", ctx: int = 64) -> Path:
     return write_gguf(path, tiny_fields(config), arrays)
 
 
-# A GGUF's parts, for what the package would not write.
+# The parts of a GGUF, for files that the package would not write.
 
 
 def text(value: str | bytes) -> bytes:
@@ -264,7 +264,7 @@ def text(value: str | bytes) -> bytes:
 
 
 def typed(value: Any) -> bytes:
-    """A field's value after its type. Bytes stand for themselves."""
+    """A field's type and value. Bytes are passed through."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, list):

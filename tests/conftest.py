@@ -1,4 +1,4 @@
-"""What all tests run under: checked shapes, strict promotion, and recordings of llama2.c as a fixture."""
+"""Settings for all tests: shape checks and strict promotion; and recordings of llama2.c as a fixture."""
 
 import importlib.util
 import platform
@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-install_import_hook(["lovely_llama", "lovely_llama_tools"], "beartype.beartype")  # for as long as the tests run
+install_import_hook(["lovely_llama", "lovely_llama_tools"], "beartype.beartype")  # checks every call in this process
 
 from builders import LLAMA2_C, RECORDED, Recording, load_recording  # noqa: E402 -- after the hook
 
@@ -24,7 +24,7 @@ LIVE = [f"live_{i}" for i in range(4)]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled programs are kept out of the user's own cache."""
+    """Keep compiled programs out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -32,7 +32,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """float64, where jax would make it float32."""
+    """Enable float64, which jax otherwise truncates to float32."""
     with jax.enable_x64(True):
         yield
 
@@ -62,13 +62,13 @@ def recording(request: pytest.FixtureRequest) -> Recording:
 
 
 def live_recording(seed: int, upstream: Any) -> Recording:
-    """A recording made now, of a config drawn at random."""
+    """A recording of a random config, made on the spot."""
     spec = importlib.util.spec_from_file_location("record", LLAMA2_C / "record.py")
     assert spec and spec.loader
     record = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(record)
     rng = random.Random(seed)
-    # With a narrower dim the mean square can be close to 0, and a gradient then is mostly rounding, theirs as ours.
+    # With a smaller dim the mean square can be close to 0, and gradients, in both, are then mostly rounding error.
     kv_heads, q_per_kv, head_dim = rng.randint(1, 3), rng.randint(2, 4), rng.choice((4, 6, 8))
     heads = kv_heads * q_per_kv
     args = dict(
@@ -79,11 +79,11 @@ def live_recording(seed: int, upstream: Any) -> Recording:
     return Recording.of(*record.record(record.load_upstream(upstream)[0], args, bool(seed % 2), seed))
 
 
-# ---- The score of the faults -----------------------------------------------------------------------------------------
+# ---- Summary of the faults -------------------------------------------------------------------------------------------
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """A case holds if its twin and all its variants do, and no variant does without its guard."""
+    """A case holds if its twin and all its variants pass, and every variant fails as stated without its guard."""
     passed = dict[tuple[str, str, int], list[bool]]()
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         for name, case in getattr(report, "user_properties", ()):

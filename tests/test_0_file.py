@@ -1,4 +1,4 @@
-"""The file as a whole: it reads from the top, stands alone, and says every shape in a signature that is checked."""
+"""The file as a whole: it reads from top to bottom, works on its own, and states every shape in a checked signature."""
 
 import ast
 import inspect
@@ -34,14 +34,14 @@ def part_of(line: int) -> int:
 
 
 def bound_by(node: ast.AST) -> list[str]:
-    """The names that a statement of the module defines."""
+    """The names that a module-level statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", ast.Pass())]
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
-def test_it_has_nine_parts_and_can_be_read_in_one_sitting() -> None:
+def test_the_file_has_nine_parts_and_is_short() -> None:
     lines = SOURCE.splitlines()
     assert [*RULERS] == list("123456789")
     assert len(lines) <= 900
@@ -51,7 +51,7 @@ def test_it_has_nine_parts_and_can_be_read_in_one_sitting() -> None:
 
 
 def test_references_point_upwards_only() -> None:
-    """Whatever a definition mentions of this file stands above it."""
+    """A definition refers only to names defined above it."""
     defined, everything = set[str](), {name for node in TREE.body for name in bound_by(node)}
     for node in TREE.body:
         for name in ast.walk(node):
@@ -61,7 +61,7 @@ def test_references_point_upwards_only() -> None:
 
 
 def test_the_maths_is_neither_compiled_nor_differentiated() -> None:
-    """`jit` and `grad` appear from part 6 on, and so does the axis of sequences."""
+    """`jit`, `grad` and the batch axis appear from part 6 on only."""
     for node in ast.walk(TREE):
         if isinstance(node, ast.Attribute) and node.attr in ("jit", "grad", "value_and_grad"):
             assert part_of(node.lineno) >= 6, f"line {node.lineno}: {node.attr}"
@@ -69,7 +69,7 @@ def test_the_maths_is_neither_compiled_nor_differentiated() -> None:
             assert part_of(node.lineno) >= 6, f"line {node.lineno}: {node.value}"
 
 
-def test_it_imports_little() -> None:
+def test_imports_are_limited() -> None:
     allowed = {"jax", "jaxtyping", "numpy", "dataclasses", "functools", "math", "typing", "collections"}
     imported = set[str]()
     for node in ast.walk(TREE):
@@ -102,7 +102,7 @@ print(ll.__file__)
 """
 
 
-def test_copied_alone_it_works(tmp_path: Path) -> None:
+def test_a_copy_works_on_its_own(tmp_path: Path) -> None:
     shutil.copy(FILE, tmp_path)
     command = [sys.executable, "-c", ALONE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
@@ -121,14 +121,14 @@ WITHOUT_ARRAYS = {"rope_frequencies"}
 
 
 def parts(annotation: Any) -> Iterator[Any]:
-    """An annotation, and what it is made of."""
+    """An annotation and, recursively, its type arguments."""
     yield annotation
     for part in typing.get_args(annotation):
         yield from parts(part)
 
 
 def axes(annotation: Any) -> list[str] | None:
-    """The names of an array's axes, where an annotation is of one."""
+    """The axis names in an array annotation; None for any other annotation."""
     found = [part for part in parts(annotation) if isinstance(part, type) and issubclass(part, AbstractArray)]
     return found[0].dim_str.split() if found else None
 
@@ -147,7 +147,7 @@ def test_every_array_has_its_axes_in_the_signature(name: str) -> None:
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """Arguments that fit, for each parameter by its name or its axes."""
+    """Valid arguments, chosen by parameter name or made from the axes in the annotation."""
     params, sizes = random_params(SMALL), {**vars(SMALL), "seq": 5, "pairs": SMALL.head_dim // 2, "n": 7}
     blocks, caches = layers_of(params), ll.empty_cache(SMALL, SMALL.ctx, jnp.float32)
     w = blocks[0].attn if name == "attention" else blocks[0]
@@ -171,7 +171,7 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 def wrong_axes() -> Iterator[tuple[str, str, int | None]]:
-    """Of every array argument: one axis too many, and each axis longer than another argument has it."""
+    """For every array argument: one extra axis, and each axis it shares with another argument, made too long."""
     for name in sorted(set(FUNCTIONS) - WITHOUT_ARRAYS - {"wide"}):
         found = {p: a for p, annotation in hints(FUNCTIONS[name]).items() if (a := axes(annotation)) is not None}
         for parameter, names in found.items():
@@ -192,11 +192,11 @@ def test_a_wrong_axis_is_refused(name: str, parameter: str, axis: int | None) ->
     else:
         array = values[parameter]
         values[parameter] = jnp.array(np.pad(array, [(0, int(i == axis)) for i in range(array.ndim)]))
-    with pytest.raises((TypeCheckError, TypeError)):  # the latter from inside, where a matrix in a tuple does not fit
+    with pytest.raises((TypeCheckError, TypeError)):  # TypeError: inside, if a matrix in a tuple does not fit
         jax.eval_shape(partial(FUNCTIONS[name], **values))
 
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - WITHOUT_ARRAYS))
-def test_what_fits_is_taken(name: str) -> None:
-    """The twin of the test above: it refuses for the axis it says."""
+def test_matching_axes_are_accepted(name: str) -> None:
+    """The control for the test above: without the wrong axis, the same arguments pass."""
     jax.eval_shape(partial(FUNCTIONS[name], **arguments(name)))

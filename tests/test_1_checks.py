@@ -1,4 +1,4 @@
-"""Part 1: what is no config and what are no tokens is refused, by field, before it is used."""
+"""Part 1: invalid configs and tokens are refused, with the field named, before they are used."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ SIZES = ("vocab", "dim", "layers", "kv_heads", "q_per_kv", "head_dim", "hidden_d
 
 
 def changed(config: Config, **fields: Any) -> Config:
-    """`replace`, for values of types that no Config may have."""
+    """`replace` without type checks, for values of the wrong type."""
     config = replace(config)
     for name, value in fields.items():
         object.__setattr__(config, name, value)
@@ -28,7 +28,7 @@ def test_an_error_is_one_line_that_names_file_and_field() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_published_configs_are_configs(name: str) -> None:
+def test_published_configs_are_valid(name: str) -> None:
     check_config(CONFIGS[name])
 
 
@@ -47,7 +47,7 @@ def test_published_configs_are_configs(name: str) -> None:
         ("rope_scaling.attention_factor", "rope_scaling", RopeScaling("yarn", 8.0, 8192, 1.0, 32.0, math.nan)),
     ],
 )
-def test_what_is_no_config_is_refused(field: str, name: str, value: Any) -> None:
+def test_invalid_configs_are_refused(field: str, name: str, value: Any) -> None:
     with pytest.raises(LlamaError) as caught:
         check_config(changed(SMALL, **{name: value}), "somewhere")
     assert (caught.value.file, caught.value.field) == ("somewhere", field)
@@ -70,7 +70,7 @@ def test_what_is_no_config_is_refused(field: str, name: str, value: Any) -> None
         ([2**70], "object"),
     ],
 )
-def test_what_are_no_tokens_is_refused(tokens: Any, says: str) -> None:
+def test_invalid_tokens_are_refused(tokens: Any, says: str) -> None:
     with pytest.raises(LlamaError, match=rf"^a prompt: tokens: .*{says}") as caught:
         check_tokens(tokens, 29, 5, "a prompt")
     assert caught.value.field == "tokens"

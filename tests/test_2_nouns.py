@@ -70,12 +70,12 @@ SIZES = {
 }
 
 
-def test_no_published_configuration_is_missing() -> None:
+def test_no_published_config_is_missing() -> None:
     assert set(CONFIGS) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published(name: str) -> None:
+def test_published_config(name: str) -> None:
     layers, dim, hidden_dim, heads, kv_heads, head_dim, vocab, theta, scaling, tied, eps, ctx, parameters = PUBLISHED[
         name
     ]
@@ -88,7 +88,7 @@ def test_published(name: str) -> None:
     check_axes(shapes(expected), expected)
 
 
-def test_config_is_a_constant() -> None:
+def test_config_is_frozen_and_hashable() -> None:
     assert hash(SMALL) == hash(replace(SMALL)) and len({SMALL, replace(SMALL), replace(SMALL, eps=1.0)}) == 2
     with pytest.raises(FrozenInstanceError):
         SMALL.dim = 3  # pyright: ignore[reportAttributeAccessIssue]

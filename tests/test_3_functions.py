@@ -1,4 +1,4 @@
-"""Part 3: each function of one vector, against llama2.c, float64 formulas and finite differences, and at its edges."""
+"""Part 3: each function of one vector against llama2.c, float64 formulas and finite differences, and at edge cases."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,9 +33,9 @@ from lovely_llama import (
     swiglu,
 )
 
-Vector = Any  # of numpy, in float64
+Vector = Any  # a numpy array in float64
 
-# ---- Parity with llama2.c: batch, seq and heads are its outer axes, the names of the arguments its own. --------------
+# ---- Parity with llama2.c: its outer axes are batch, seq and heads; argument names are its own -----------------------
 
 
 def recorded_rms_norm(args: Mapping[str, Any], config: Config) -> dict[str, jax.Array]:
@@ -67,7 +67,7 @@ def test_parity(recording: Recording, name: str, what: str) -> None:
     recording.check(name, RECORDED_FUNCTIONS[name], what)
 
 
-def test_angles_parity(recording: Recording) -> None:
+def test_angle_parity(recording: Recording) -> None:
     config = recording.config
     angles = vmap(lambda position: rope_angles(position, config))(jnp.arange(config.ctx))
     table = {"freqs_cos": jnp.cos(angles), "freqs_sin": jnp.sin(angles)}
@@ -98,7 +98,7 @@ def plain_attend(q: Vector, keys: Vector, values: Vector, position: int) -> Vect
 def plain_attend_gradient(
     q: Vector, keys: Vector, values: Vector, position: int, cotangent: Vector
 ) -> tuple[Vector, ...]:
-    """The derivative of ⟨cotangent, attend⟩ by q, keys and values, written out."""
+    """The gradient of ⟨cotangent, attend⟩ with respect to q, keys and values, in closed form."""
     seen, scale = position + 1, 1 / math.sqrt(len(q))
     weights = np.zeros(len(keys))
     weights[:seen] = plain_softmax(keys[:seen] @ q * scale)
@@ -115,12 +115,12 @@ def plain_swiglu(x: Vector, gate: Vector, up: Vector, down: Vector) -> Vector:
 
 
 def draw(*shapes: tuple[int, ...], scale: float = 1.0) -> list[Vector]:
-    """Normal float64 numbers, always the same."""
+    """Reproducible, normally distributed float64 arrays."""
     rng = np.random.default_rng(math.prod(sum(shapes, (len(shapes),))))
     return [scale * rng.standard_normal(shape) for shape in shapes]
 
 
-# The function, its formula, and arguments of sizes that differ.
+# The function, its formula, and the shapes of its arguments: different axes have different sizes.
 FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[tuple[int, ...]]]] = {
     "rms_norm": (partial(rms_norm, eps=0.01), partial(plain_rms_norm, eps=0.01), [(7,), (7,)]),
     "rope": (rope, plain_rope, [(10,), (5,)]),
@@ -140,7 +140,7 @@ def test_formula_in_float64(name: str, x64: None) -> None:
     assert_close(got, formula(*args), 1e-14)
 
 
-# Rounded once, on the way out: had any step been in bfloat16 or float16, the error would be several times this.
+# Only the result is rounded: with any intermediate step in bfloat16 or float16, the error would be several times this.
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["rms_norm", "rope", "softmax", "attend", "silu"])
 def test_arithmetic_is_float32(name: str, dtype: Any) -> None:
@@ -164,7 +164,7 @@ def test_swiglu_has_the_dtype_of_its_input(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_finite_far_out(name: str) -> None:
+def test_values_and_gradients_are_finite_for_large_inputs(name: str) -> None:
     function, _, shapes = FORMULAS[name]
 
     @jit
@@ -180,7 +180,7 @@ LONG, FAR = BLOCK + 30, np.array([-1e3, -1e2, -1, 0, 1, 1e2, 1e3])
 DERIVATIVES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "rms_norm": (partial(rms_norm, eps=0.01), [(7,), (7,)]),
     "rope": (rope, [(10,), (5,)]),
-    "softmax": (lambda x: softmax(x + 1000), [(7,)]),  # whose exponentials overflow float64
+    "softmax": (lambda x: softmax(x + 1000), [(7,)]),  # the exponentials overflow float64
     "attend": (partial(attend, position=LONG - 9), [(6,), (LONG, 6), (LONG, 6)]),
     "silu": (lambda x: silu(x + FAR), [(7,)]),
     "swiglu": (swiglu, [(5,), (7, 5), (7, 5), (5, 7)]),
@@ -188,10 +188,10 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
 
 
 @pytest.mark.parametrize("name", DERIVATIVES)
-def test_gradient_is_that_of_finite_differences(name: str, x64: None) -> None:
+def test_gradient_matches_finite_differences(name: str, x64: None) -> None:
     function, shapes = DERIVATIVES[name]
     f, drawn = jax.jit(function), tuple(map(jnp.array, draw(*shapes, scale=0.5)))
-    assert_finite(f(*drawn))  # or finite differences would be NaN, which equals any other NaN
+    assert_finite(f(*drawn))  # check_grads would accept NaN on both sides
     check_grads(f, drawn, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
@@ -199,14 +199,14 @@ def test_gradient_is_that_of_finite_differences(name: str, x64: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_rms_norm_of_small_numbers(dtype: Any) -> None:
-    """The square of 1e-4 is nothing in float16."""
+def test_rms_norm_of_small_inputs(dtype: Any) -> None:
+    """The square of 1e-4 underflows in float16."""
     x, gain = (jnp.array(a, dtype) for a in (draw((64,), scale=1e-4)[0], 1 + draw((64, 1))[0][:, 0] / 2))
     want = plain_rms_norm(np.asarray(x, np.float64), np.asarray(gain, np.float64), 1e-9)
     assert_close(rms_norm(x, gain, 1e-9), want, float(jnp.finfo(dtype).eps) / 2)
 
 
-def test_rms_norm_of_nothing() -> None:
+def test_rms_norm_of_zeros() -> None:
     out, pull = jax.vjp(lambda x: rms_norm(x, jnp.ones(7), 1e-5), jnp.zeros(7))
     assert_close((out, pull(jnp.ones(7))), (np.zeros(7), (np.full(7, 1 / math.sqrt(1e-5)),)), 1e-6)
 
@@ -218,13 +218,13 @@ def turn(config: Config, x: Vector, positions: Vector) -> jax.Array:
     return vmap(lambda position: rope(jnp.array(x), rope_angles(position, config)))(jnp.array(positions))
 
 
-def test_rope_at_zero_changes_nothing() -> None:
+def test_rope_at_position_0_is_the_identity() -> None:
     (x,) = draw((SMALL.head_dim,))
     x = x.astype(np.float32)
     assert (np.asarray(turn(SMALL, x, [0])[0]) == x).all()
 
 
-def test_rope_depends_on_distance_alone(x64: None) -> None:
+def test_rope_products_depend_on_distance_alone(x64: None) -> None:
     q, k = draw((SMALL.head_dim,), (SMALL.head_dim,))
     queries, keys = (np.asarray(turn(SMALL, x, np.arange(130))) for x in (q, k))
     products = queries @ keys.T
@@ -235,8 +235,8 @@ def test_rope_depends_on_distance_alone(x64: None) -> None:
     assert np.ptp(products) > 1
 
 
-def test_rope_is_the_half_split_one_on_other_rows(x64: None) -> None:
-    """Hugging Face turns pairs (i, i + d/2). Taken for one another the two agree at position 0 alone."""
+def test_rope_is_half_split_rope_with_rows_permuted(x64: None) -> None:
+    """Hugging Face rotates pairs (i, i + d/2). Without the permutation the two agree at position 0 only."""
     (x,) = draw((SMALL.head_dim,))
     evens_first = np.r_[0 : SMALL.head_dim : 2, 1 : SMALL.head_dim : 2]
     for position in (1, 64, 130):
@@ -247,7 +247,7 @@ def test_rope_is_the_half_split_one_on_other_rows(x64: None) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [48, 64, 80, 128])
-def test_angles_are_those_of_float64(head_dim: int) -> None:
+def test_angles_match_float64(head_dim: int) -> None:
     config = replace(SMALL, head_dim=head_dim, theta=5e5, rope_scaling=None)
     angles_at = jit(partial(rope_angles, config=config))
     x = jnp.array(draw((head_dim,))[0], jnp.bfloat16)
@@ -267,12 +267,12 @@ SCALINGS = {
     "llama3 32": RopeScaling("llama3", 32.0, 8192, low=1.0, high=4.0),
     "yarn 8": RopeScaling("yarn", 8.0, 4096, low=1.0, high=32.0, attention_factor=1.2),
     "yarn short": RopeScaling("yarn", 3.0, 40, low=1.0, high=32.0, attention_factor=1.1),
-    "yarn shorter than a turn": RopeScaling("yarn", 3.0, 5, low=1.0, high=32.0),
+    "yarn, less than a turn": RopeScaling("yarn", 3.0, 5, low=1.0, high=32.0),
 }
 
 
 def their_frequencies(config: Config) -> Vector:
-    """What transformers makes of the same description."""
+    """The frequencies that transformers computes for the same scaling."""
     scaling = config.rope_scaling
     described: dict[str, Any] = {"rope_type": scaling.kind if scaling else "default", "rope_theta": config.theta}
     if scaling:
@@ -290,10 +290,10 @@ def their_frequencies(config: Config) -> Vector:
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 @pytest.mark.parametrize("head_dim", [10, 48, 64, 128])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_frequencies_as_in_transformers(
+def test_frequencies_match_transformers(
     name: str, head_dim: int, theta: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To a unit in the last place of float32, once transformers' powers are float64's: its own are 26 units off."""
+    """To 1 ulp of float32, once transformers computes powers in float64; in float32 it is off by up to 26 ulp."""
     config = replace(SMALL, head_dim=head_dim, theta=theta, rope_scaling=SCALINGS[name], ctx=2**17)
     frequencies = np.asarray(rope_frequencies(config))
     np.testing.assert_allclose(frequencies, their_frequencies(config), rtol=4e-6)
@@ -303,7 +303,7 @@ def test_frequencies_as_in_transformers(
 
 
 def kept(config: Config) -> Vector:
-    """The part of each frequency that scaling leaves as it is: 1 unscaled, 0 slowed by the whole factor."""
+    """κ, recovered from `rope_frequencies`: 1 for an unscaled pair, 0 for one slowed by the whole factor."""
     assert config.rope_scaling
     ratio = np.asarray(rope_frequencies(config)) / config.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     return (ratio - 1 / config.rope_scaling.factor) / (1 - 1 / config.rope_scaling.factor)
@@ -311,7 +311,7 @@ def kept(config: Config) -> Vector:
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_bands(factor: float, x64: None) -> None:
-    """By wavelength: up to ctx / high unscaled, from ctx / low on slowed, in between linear in 1 / wavelength."""
+    """By wavelength: unscaled up to ctx / high, slowed beyond ctx / low, and linear in 1 / wavelength between."""
     scaling = RopeScaling("llama3", factor, 8192, low=1.0, high=4.0)
     config = replace(SMALL, head_dim=128, theta=5e5, rope_scaling=scaling)
     wavelength = 2 * math.pi * 5e5 ** (np.arange(0, 128, 2) / 128)
@@ -321,11 +321,11 @@ def test_llama3_bands(factor: float, x64: None) -> None:
     np.testing.assert_allclose(kept(config), want, atol=1e-12)
 
 
-def test_yarn_ends(x64: None) -> None:
-    """The fast pairs are kept and the slow ones slowed, not the other way round."""
+def test_yarn_ramp(x64: None) -> None:
+    """Fast pairs stay unscaled and slow pairs are slowed, not the other way round."""
     scaling = RopeScaling("yarn", 8.0, 4096, low=1.0, high=32.0)
     ramp = kept(replace(SMALL, head_dim=128, theta=1e4, rope_scaling=scaling))
-    # 4096 positions are 32 turns at pair 20.9 and one turn at pair 45.03.
+    # In 4096 positions, pair 20.9 would make 32 turns and pair 45.03 one turn.
     assert abs(ramp[: 20 + 1] - 1).max() < 1e-12 and abs(ramp[46:]).max() < 1e-12
     np.testing.assert_allclose(np.diff(ramp[20:47]), -1 / 26, atol=1e-12)
 
@@ -341,8 +341,8 @@ def test_softmax(scores: list[float]) -> None:
     assert_close(softmax(jnp.array(scores)), plain_softmax(np.array(scores)), 1e-6)
 
 
-def test_silu_slope_far_out() -> None:
-    """x / (1 + exp(−x)) has no number for its slope at −100."""
+def test_silu_gradient_for_large_inputs() -> None:
+    """The gradient of x / (1 + exp(−x)) is NaN at −100."""
     assert_close(
         vmap(jax.grad(lambda x: silu(x[None])[0]))(jnp.array([-1e3, -100.0, 1e3])), np.array([0, 0, 1.0]), 1e-6
     )
@@ -350,7 +350,7 @@ def test_silu_slope_far_out() -> None:
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
 
-CTX = 2 * BLOCK + 90  # three blocks, the last of them short
+CTX = 2 * BLOCK + 90  # three blocks, the last one partial
 PLACES = {
     CTX: [1, BLOCK - 1, BLOCK, BLOCK + 7, 2 * BLOCK - 1, 2 * BLOCK, CTX - 1],
     2 * BLOCK: [2 * BLOCK - 1],
@@ -361,7 +361,7 @@ PLACES = {
 
 @pytest.mark.parametrize("ctx", PLACES)
 def test_attend(ctx: int) -> None:
-    """The plain formula, in value and gradient, whether `filled` is not said, an integer, or an array."""
+    """Values match the formula with `filled` omitted, an int or an array; gradients too, where it is omitted."""
 
     @jit
     def with_gradient(position: jax.Array, cotangent: jax.Array, *args: jax.Array) -> tuple[jax.Array, Any]:
@@ -382,17 +382,17 @@ def test_attend(ctx: int) -> None:
         want_grads = plain_attend_gradient(*exact, position=position, cotangent=cotangent)
         assert_close(grads, want_grads, 5e-5, f"gradient at {position}")
 
-        read = min(ctx, (position // BLOCK + 1) * BLOCK)  # beyond it lie blocks that nothing may look into
+        read = min(ctx, (position // BLOCK + 1) * BLOCK)  # the blocks beyond must not be read
         unread = [jnp.array(q), *(jnp.array(rows).at[read:].set(jnp.nan) for rows in (keys, values))]
         assert_close(traced(position, *unread), want, 1e-5, f"traced, filled to {position}")
-        if position in (BLOCK - 1, BLOCK, CTX - 1):  # an integer is a constant, and compiled for itself
+        if position in (BLOCK - 1, BLOCK, CTX - 1):  # each int is a constant, compiled separately
             filled = partial(attend, position=position, filled=position + 1, size=BLOCK)
             assert_close(filled(unread[0], unread[1], unread[2]), want, 1e-5, f"filled to {position}")
             few = filled(unread[0], jnp.array(keys), jnp.array(values), size=37)
             assert_close(few, want, 1e-5, f"37 keys at a time, filled to {position}")
 
 
-def test_attend_does_not_see_what_comes_after() -> None:
+def test_attend_is_causal() -> None:
     attend_jit = jit(attend)
     q, keys, values = (jnp.array(arg, jnp.float32) for arg in draw((6,), (CTX, 6), (CTX, 6)))
     for position in (0, 3, BLOCK, CTX - 2):
@@ -405,8 +405,8 @@ def test_attend_does_not_see_what_comes_after() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
-def test_attend_far_out(scale: float) -> None:
-    """Scores of millions, and all of them equal: still an average of the values."""
+def test_attend_with_large_scores(scale: float) -> None:
+    """With scores in the millions, and with all scores equal, the result is still an average of the values."""
     q, keys, values = draw((6,), (CTX, 6), (CTX, 6))
     q, keys = (scale * a for a in (q, keys))
     want = plain_attend(*(a.astype(np.float32).astype(np.float64) for a in (q, keys, values)), CTX - 1)

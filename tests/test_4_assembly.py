@@ -1,4 +1,4 @@
-"""Part 4: attention, the block and the whole model, against llama2.c, finite differences and themselves."""
+"""Part 4: attention, the block and the whole model, against llama2.c and finite differences, and for consistency."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -36,13 +36,13 @@ from lovely_llama_tools.formats.llama2c import from_llama2c
 from lovely_llama_tools.layout import LLAMA2C, all_tensors
 
 TOKENS = jnp.array([3, 28, 0, 17, 3, 9, 21])
-run = jit(llama, static_argnames="config")  # with an array for `start`: one program for every start
+run = jit(llama, static_argnames="config")  # `start` is traced: one program serves all
 whole = jit(logits, static_argnames="config")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def short_blocks() -> Iterator[None]:
-    """Attention reads three keys at a time, so that a few tokens are several blocks."""
+    """Attention reads blocks of three keys, so that a few tokens span several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lovely_llama, "BLOCK", 3)
         yield
@@ -60,7 +60,7 @@ def angles_of(seq: int, config: Config) -> jax.Array:
 
 
 def recorded_block(args: Mapping[str, Any], prefix: str, config: Config) -> Block:
-    """A block of the recorded arguments, by way of the loader, which wants the rest of a model too."""
+    """A block from recorded arguments, by way of the loader, which needs the rest of a model too."""
     rest = {name: np.zeros(shape, np.float32) for name, shape in all_tensors(LLAMA2C, config).items()}
     given = {f"{prefix}{name}": weight for name, weight in args.items() if name != "x"}
     return layers_of(from_llama2c(rest | given, config))[0]
@@ -103,7 +103,7 @@ def test_logits_parity(recording: Recording) -> None:
     to_the_end = np.pad(arrays["tokens"], ((0, 0), (0, config.ctx - seq)))
     answers = batch_logits(params, to_the_end, config)
     assert_close(answers[:, :seq], arrays["logits"], 1e-5)
-    # The greedy continuation of 4 tokens, to where llama2.c's context is full and it begins to forget.
+    # The greedy continuation of 4 tokens, up to where the context is full and llama2.c starts to truncate it.
     greedy = arrays["greedy"]
     chosen = batch_logits(params, greedy[:, : config.ctx], config).argmax(axis=-1)
     assert (chosen[:, 3:] == greedy[:, 4 : config.ctx + 1]).all()
@@ -121,22 +121,22 @@ def bare_block(w: Block, x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize(("function", "part"), [(bare_attention, "attn"), (bare_block, None)])
-def test_gradient_is_that_of_finite_differences(function: Callable[..., Any], part: str | None, x64: None) -> None:
+def test_gradient_matches_finite_differences(function: Callable[..., Any], part: str | None, x64: None) -> None:
     w: Any = shapes(SMALL).blocks[0]
     sizes = (getattr(w, part) if part else w, *(jax.ShapeDtypeStruct((5, n), float) for n in (SMALL.dim, 5)))
     rng, f = np.random.default_rng(0), jax.jit(function)
     drawn = jax.tree.map(lambda a: jnp.array(rng.standard_normal(a.shape) / 2), sizes)
-    assert_finite(f(*drawn))  # or finite differences would be NaN, which equals any other NaN
+    assert_finite(f(*drawn))  # check_grads would accept NaN on both sides
     check_grads(f, drawn, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
-# ---- Properties: of a small model, all of whose parameters are random ------------------------------------------------
+# ---- Properties of a small model with random parameters --------------------------------------------------------------
 
 PARAMS = random_params(SMALL)
 
 
 def used_cache(config: Config, ctx: int = len(TOKENS) + 4, dtype: Any = jnp.float32) -> tuple[Cache, ...]:
-    """A cache with numbers in it: what stands where nothing is filled must not matter."""
+    """A cache of random numbers: the contents of unfilled positions must not matter."""
     rng = np.random.default_rng(7)
     return jax.tree.map(
         lambda leaf: jnp.array(9 * rng.standard_normal(leaf.shape), dtype), empty_cache(config, ctx, dtype)
@@ -144,19 +144,19 @@ def used_cache(config: Config, ctx: int = len(TOKENS) + 4, dtype: Any = jnp.floa
 
 
 def test_a_single_token_reads_half_a_block_at_a_time() -> None:
-    """A block of 3 would reach to position 5, one of 3 // 2 ends at its own."""
+    """At position 3, a block of 3 keys would read up to position 5; one of 3 // 2 stops at position 3."""
     cache = jax.tree.map(lambda leaf: leaf.at[:, 4:].set(jnp.nan), used_cache(SMALL))
     assert jnp.isfinite(run(PARAMS, TOKENS[:1], cache, 3, SMALL)[0]).all()
 
 
-def test_start_may_be_an_integer_or_an_array() -> None:
+def test_start_may_be_an_int_or_an_array() -> None:
     cache = used_cache(SMALL)
     for start in (0, 4):
         fixed = jit(llama, static_argnames=("start", "config"))(PARAMS, TOKENS, cache, start, SMALL)
         assert_close(fixed, run(PARAMS, TOKENS, cache, start, SMALL), 1e-6, f"start {start}")
 
 
-def test_stacked_layers_are_the_same_layers() -> None:
+def test_stacked_layers_give_the_same_results() -> None:
     def with_gradient(params: Params) -> Any:
         return jax.value_and_grad(partial(loss, config=SMALL))(params, TOKENS, TOKENS[::-1])
 
@@ -167,19 +167,19 @@ def test_stacked_layers_are_the_same_layers() -> None:
     assert_close(run(stacked(PARAMS), TOKENS, stack(cache), 2, SMALL), (answers, stack(filled)), 1e-5)
 
 
-def test_compiled_is_the_same() -> None:
+def test_jit_matches_eager() -> None:
     config, params = replace(SMALL, layers=1), PARAMS._replace(blocks=layers_of(PARAMS)[:1])
     compiled = jax.jit(logits, static_argnames="config")
     assert_close(compiled(params, TOKENS, config), logits(params, TOKENS, config), 1e-5)
 
 
-def test_batch_is_a_loop() -> None:
+def test_vmap_matches_a_loop() -> None:
     rows = jnp.stack([TOKENS, TOKENS[::-1], (TOKENS * 7) % SMALL.vocab])
     together = jit(vmap(partial(logits, PARAMS, config=SMALL)))(rows)
     assert_close(together, jnp.stack([whole(PARAMS, row, SMALL) for row in rows]), 1e-5)
 
 
-def test_bfloat16_is_float64_but_for_rounding(x64: None) -> None:
+def test_bfloat16_matches_float64_within_rounding(x64: None) -> None:
     params = random_params(SMALL, dtype=jnp.bfloat16)
     exact = whole(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), TOKENS, SMALL)
     rounded = whole(params, TOKENS, SMALL)
@@ -204,8 +204,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_number_of_the_config_is_used(name: str) -> None:
-    """Far out, at position 500, where rotations have come apart."""
+def test_every_config_value_matters(name: str) -> None:
+    """At position 500, where even a small change of the frequencies changes the angles."""
 
     def far(config: Config) -> np.ndarray:
         config = replace(config, layers=1)
@@ -218,7 +218,7 @@ def test_every_number_of_the_config_is_used(name: str) -> None:
 
 
 def test_yarn_sharpens_the_scores() -> None:
-    """A factor a on cosines and sines, as others have it, is a² on the scores: on q alone, or a on both q and k."""
+    """Others multiply cosines and sines, and so q and k, by a: scores grow by a², as they do with a² on q alone."""
     plain = RopeScaling("yarn", 3.0, 40, low=1.0, high=4.0)
     sharp = plain._replace(attention_factor=1.3)
     sharper_q = PARAMS._replace(
@@ -228,7 +228,7 @@ def test_yarn_sharpens_the_scores() -> None:
     assert_close(whole(PARAMS, TOKENS, replace(SMALL, rope_scaling=sharp)), want, 1e-5)
 
 
-def test_tied_gradients_are_the_sum_of_both_uses() -> None:
+def test_tied_gradient_is_the_sum_of_both_uses() -> None:
     untied = PARAMS._replace(unembed=PARAMS.embed)
     grad = jit(jax.grad(loss), static_argnames="config")
     apart = grad(untied, TOKENS, TOKENS[::-1], SMALL)

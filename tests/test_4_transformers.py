@@ -1,6 +1,6 @@
-"""Part 4: the whole model against transformers' LlamaForCausalLM, live, over configs drawn at random.
+"""Part 4: the whole model against transformers' LlamaForCausalLM, live, over random configs.
 
-Bounds are relative norms per leaf. Against itself in float64, transformers is off by 5e-7 in values, 1e-6 in gradients.
+Bounds are relative errors per leaf. Compared with float64, transformers is off by 5e-7 in values, 1e-6 in gradients.
 """
 
 import math
@@ -25,14 +25,14 @@ import lovely_llama as ll
 from lovely_llama_tools.formats.hugging_face import from_hf
 from lovely_llama_tools.layout import rope_scaling
 
-torch.set_num_threads(1)  # or torch's threads and jax's wait for each other
+torch.set_num_threads(1)  # otherwise torch's threads and jax's contend for the cores
 VALUES, GRADIENTS, LOSS = 1e-5, 5e-5, 1e-6
 
-# ---- The draw --------------------------------------------------------------------------------------------------------
+# ---- Random configs --------------------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
-    """A config as Hugging Face writes it, and how much is read at once."""
+    """A config in Hugging Face's form, a batch size and a sequence length."""
 
     hf: dict[str, Any]
     batch: int
@@ -40,14 +40,14 @@ class Case(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """What must differ, so that no swapped axis fits. One head, or one per group, is no axis to swap."""
+        """Sizes that must differ pairwise, so that swapped axes cannot fit. Head axes of length 1 are exempt."""
         c = our_config(self.hf)
         axes = [self.batch, self.seq, c.vocab, c.dim, c.layers, c.head_dim, c.hidden_dim, c.kv_heads * c.q_per_kv]
         return axes + [n for n in (c.kv_heads, c.q_per_kv) if 1 < n < c.kv_heads * c.q_per_kv]
 
 
 def our_config(hf: Mapping[str, Any]) -> ll.Config:
-    """What Hugging Face writes into config.json, in our words."""
+    """The `Config` that a config.json of Hugging Face describes."""
     heads, rope = hf["num_attention_heads"], hf["rope_parameters"]
     return ll.Config(
         hf["vocab_size"], hf["hidden_size"], hf["num_hidden_layers"], hf["num_key_value_heads"],
@@ -57,7 +57,7 @@ def our_config(hf: Mapping[str, Any]) -> ll.Config:
 
 
 def draw_rope(rng: random.Random, kind: str) -> dict[str, Any]:
-    """Rotary parameters, their original context so short that a few hundred positions are far beyond it."""
+    """Rotary parameters with an original context so short that a few hundred positions far exceed it."""
     rope = {"rope_type": kind, "rope_theta": round(10 ** rng.uniform(4, 6), 1)}
     if kind == "default":
         return rope
@@ -72,12 +72,12 @@ def draw_rope(rng: random.Random, kind: str) -> dict[str, Any]:
 
 
 def extended(rope: Mapping[str, Any]) -> int:
-    """The context that rotary parameters are for; transformers warns of any other."""
+    """The context length that rotary parameters extend to; transformers warns about any other."""
     return int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", 512))
 
 
 def draw(rng: random.Random, kind: str, heads: str, tied: bool) -> Case:
-    """A case, drawn again until all its sizes differ and all bands of its scaling act."""
+    """A random case, redrawn until all its sizes differ and all bands of its scaling are used."""
     while True:
         kv_heads = 1 if heads == "mqa" else rng.randint(2, 4)
         n_heads = kv_heads * (1 if heads == "mha" else rng.randint(2, 4))
@@ -99,7 +99,7 @@ BANDS = {"default": {"kept"}, "linear": {"slowed"}, "llama3": (all3 := {"kept", 
 
 
 def bands(hf: dict[str, Any]) -> set[str]:
-    """What becomes of the pairs' frequencies, by transformers' own tables."""
+    """What scaling does to the frequencies of the pairs, according to transformers' own tables."""
     plain = {"rope_type": "default", "rope_theta": hf["rope_parameters"]["rope_theta"]}
     ratio = (rotary(hf).inv_freq / rotary(hf | {"rope_parameters": plain}).inv_freq).numpy()
     slowed, kept = (np.isclose(ratio, r, rtol=1e-6) for r in (1 / hf["rope_parameters"].get("factor", 1), 1))
@@ -119,7 +119,7 @@ DRAWN = {
 
 
 def random_oracle(hf: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
-    """transformers' model with every parameter random, the gains too, and a residual stream so small that eps shows."""
+    """transformers' model with all parameters random, gains included, and a residual stream so small that eps shows."""
     model, rng = LlamaForCausalLM(LlamaConfig(**hf)).eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -138,8 +138,8 @@ def ours(tensors: Mapping[str, torch.Tensor], config: ll.Config) -> ll.Params:
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_drawn_config(name: str) -> None:
-    """Logits, the hidden state after every layer, the loss and all gradients are those of both of its attentions."""
+def test_random_config(name: str) -> None:
+    """Logits, hidden states after every layer, the loss and all gradients match both of transformers' attentions."""
     case = DRAWN[name]
     model = random_oracle(case.hf, seed=len(name))
     config = our_config(model.config.to_dict())
@@ -178,8 +178,8 @@ def test_drawn_config(name: str) -> None:
         assert_close(gradients, wanted, GRADIENTS, f"{attention}: gradient")
 
 
-def test_the_draw_spares_nothing() -> None:
-    """Enough configs, sizes that all differ, contexts outgrown, and every band of every scaling somewhere."""
+def test_random_configs_cover_everything() -> None:
+    """Enough configs, pairwise different sizes, long sequences, and every band of every scaling."""
     assert len(DRAWN) >= 32
     for case in DRAWN.values():
         assert len(set(case.sizes)) == len(case.sizes) and 64 < case.seq <= 300

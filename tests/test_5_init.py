@@ -24,13 +24,13 @@ def params() -> Params:
 
 
 def leaves(params: Params) -> list[tuple[str, str, Any]]:
-    """Where each parameter is, its field, and its values."""
+    """Each parameter's path, field name and values."""
     found = jax.tree.leaves_with_path(params)
     return [(jax.tree_util.keystr(path), path[-1].name, np.asarray(leaf, np.float64)) for path, leaf in found]
 
 
-def test_spread(params: Params) -> None:
-    """σ = 0.02, and what adds to the residual stream 0.02 / √(2 layers), to within what chance allows."""
+def test_standard_deviations(params: Params) -> None:
+    """σ = 0.02, and 0.02 / √(2 layers) for matrices that add to the residual stream, within sampling error."""
     for where, field, leaf in leaves(params):
         if "norm" in field:
             assert (leaf == 1).all(), where
@@ -41,15 +41,15 @@ def test_spread(params: Params) -> None:
         assert abs(leaf.mean() / sigma) < 4 / math.sqrt(leaf.size), where
 
 
-def test_every_draw_is_its_own(params: Params) -> None:
+def test_parameters_are_drawn_independently(params: Params) -> None:
     drawn = [
         (where, leaf.ravel()[:10_000] / leaf.std()) for where, field, leaf in leaves(params) if "norm" not in field
     ]
     for (where, a), (elsewhere, b) in combinations(drawn, 2):
-        assert abs(np.mean(a * b)) < 0.06, f"{where} and {elsewhere} are alike"
+        assert abs(np.mean(a * b)) < 0.06, f"{where} and {elsewhere} are correlated"
 
 
-def test_a_key_says_all(params: Params) -> None:
+def test_the_key_determines_the_parameters(params: Params) -> None:
     again, other = start(jax.random.key(0), LARGE), start(jax.random.key(1), LARGE)
     for (where, field, a), (_, _, b), (_, _, c) in zip(*map(leaves, (params, again, other)), strict=True):
         assert (a == b).all(), where

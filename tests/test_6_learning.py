@@ -21,7 +21,7 @@ loss_of = jit(partial(loss, config=SMALL))
 
 
 def plain_loss(params: Params, tokens: np.ndarray, targets: np.ndarray) -> np.floating:
-    """Cross-entropy from the logits on, in numpy and float64."""
+    """Cross-entropy, computed from the logits in numpy and float64."""
     surprises = list[float]()
     for row, row_targets in zip(tokens, targets, strict=True):
         scores = np.asarray(jit(partial(logits, config=SMALL))(params, row), np.float64)
@@ -40,7 +40,7 @@ def test_parity(recording: Recording) -> None:
 
 
 def test_formula() -> None:
-    """The mean is over the targets that count, not over rows: those have 4, 3 and 1 of them."""
+    """The mean is over all targets that are not ignored, not over rows, which have 4, 3 and 1 of them."""
     assert_close(loss_of(PARAMS, TOKENS, TARGETS), plain_loss(PARAMS, TOKENS, TARGETS), 1e-6)
 
 
@@ -51,8 +51,8 @@ def test_batches_of_any_shape() -> None:
     assert_close(loss_of(PARAMS, TOKENS[0], TARGETS[0]), plain_loss(PARAMS, TOKENS[:1], TARGETS[:1]), 1e-6)
 
 
-def test_ignored_targets_leave_no_trace() -> None:
-    """Neither in the loss nor in a gradient: the last four tokens of the last row might be any others."""
+def test_ignored_targets_have_no_effect() -> None:
+    """Neither on the loss nor on gradients: the last four tokens of the last row are arbitrary."""
     value_and_grad = jit(jax.value_and_grad(partial(loss, config=SMALL)))
     other = TOKENS.copy()
     other[2, 1:] = [28, 27, 26, 25]
@@ -64,8 +64,8 @@ def test_ignored_targets_leave_no_trace() -> None:
     assert nothing == 0 and not any(grad.any() for grad in jax.tree.leaves(no_grads))
 
 
-def test_loss_is_float32_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same logits in bfloat16 for both: two programs that compute them may round them differently."""
+def test_loss_is_at_least_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides use the same bfloat16 logits, since two programs that compute them may round them differently."""
     scores = jnp.array(4 * np.random.default_rng(0).standard_normal((SMALL.vocab, SMALL.vocab)), jnp.bfloat16)
     monkeypatch.setattr(lovely_llama, "logits", lambda params, tokens, config: scores[tokens])
     got = loss(PARAMS, jnp.array(TOKENS), jnp.array(TARGETS), SMALL)
@@ -76,7 +76,7 @@ def test_loss_is_float32_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_linear_in_seq() -> None:
-    """By the compiler's figures; with all of attention's scores kept, gradients took 3.7 times for twice the seq."""
+    """According to the compiler. When all attention scores were stored, twice the seq took 3.7 times the memory."""
 
     def temporary(seq: int) -> int:
         tokens = jax.ShapeDtypeStruct((seq,), jnp.int32)
@@ -88,15 +88,15 @@ def test_memory_is_linear_in_seq() -> None:
     assert temporary(4096) < 2.1 * temporary(2048)
 
 
-def test_far_out() -> None:
-    """Logits of thousands: no exponential overflows, and the gradient is that of the likeliest."""
+def test_loss_with_large_logits() -> None:
+    """With logits in the thousands, no exponential overflows and all gradients are finite."""
     loud = PARAMS._replace(norm=1e4 * PARAMS.norm)
     value, grads = jit(jax.value_and_grad(partial(loss, config=SMALL)))(loud, TOKENS, TARGETS)
     assert_close(value, plain_loss(loud, TOKENS, TARGETS), 1e-6)
     assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
 
 
-def test_gradient_is_the_derivative(x64: None) -> None:
+def test_gradient_matches_finite_differences(x64: None) -> None:
     """Reverse mode against central differences, along a random direction in all parameters at once."""
     params = random_params(SMALL, dtype=jnp.float64)
     loss_at = jax.jit(lambda params: loss(params, jnp.array(TOKENS), jnp.array(TARGETS), SMALL))

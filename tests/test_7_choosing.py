@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,8 @@ INF = math.inf
 quick = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 
 # ---- Samplers --------------------------------------------------------------------------------------------------------
-# Small numbers make ties, large ones underflow, −∞ is what an earlier sampler left. Seven of them: one compilation.
+# Small integers tie, large numbers underflow, and −∞ is a token excluded by an earlier sampler. There are always seven
+# logits, so that a sampler is compiled only once.
 
 number = st.one_of(st.integers(-2, 2).map(float), st.floats(-1e3, 1e3, width=32, allow_subnormal=False), st.just(-INF))
 some_logits = st.lists(number, min_size=7, max_size=7).filter(lambda xs: max(xs) > -INF)
@@ -42,7 +42,7 @@ def keep(logits: Sequence[float], kept: Sequence[int]) -> list[float]:
 
 
 def smallest_set(logits: Sequence[float], p: float) -> list[int]:
-    """As many of the likeliest as together have at least p, and no more."""
+    """The smallest set of likeliest tokens whose probabilities sum to at least p."""
     order, chances = likeliest_first(logits), probabilities(logits)
     sizes = (n for n in range(1, len(order)) if math.fsum(chances[i] for i in order[:n]) >= p)
     return order[: next(sizes, len(order))]
@@ -74,7 +74,7 @@ def near(got: jax.Array, want: Sequence[float], tolerance: float = 1e-5) -> None
 @example(flat)
 @example(steep)
 @example([0.0, -0.0, -1.0, 0.0, -2.0, -3.0, -4.0])
-def test_greedy_keeps_the_first_of_the_likeliest(logits: list[float]) -> None:
+def test_greedy_keeps_the_likeliest_and_breaks_ties_by_id(logits: list[float]) -> None:
     same(ll.greedy(array(logits)), keep(logits, likeliest_first(logits)[:1]))
 
 
@@ -83,7 +83,7 @@ def test_greedy_keeps_the_first_of_the_likeliest(logits: list[float]) -> None:
 @example(flat, 3)
 @example(steep, 1)
 @example(steep, 7)
-def test_top_k_keeps_k_of_which_the_lower_of_equals(logits: list[float], k: int) -> None:
+def test_top_k_keeps_k_and_breaks_ties_by_id(logits: list[float], k: int) -> None:
     same(ll.top_k(array(logits), k), keep(logits, likeliest_first(logits)[:k]))
 
 
@@ -111,7 +111,7 @@ def test_top_p_where_the_sums_are_exact(p: float, kept: int) -> None:
 @example(flat, 1.0)
 @example(steep, 1.0)
 @example(steep, 0.0)
-def test_min_p_keeps_what_is_likely_enough(logits: list[float], p: float) -> None:
+def test_min_p_keeps_tokens_that_are_likely_enough(logits: list[float], p: float) -> None:
     assume(as_likely(logits, p * (1 - 1e-4)) == as_likely(logits, min(p * (1 + 1e-4), 1)))
     assume(p == 0 or p > 1e-30)
     same(ll.min_p(array(logits), p), keep(logits, as_likely(logits, p)))
@@ -122,16 +122,14 @@ def test_min_p_keeps_what_is_likely_enough(logits: list[float], p: float) -> Non
 @example(flat, 0.0)
 @example(steep, 0.0)
 @example(steep, 1e-40)
-def test_temperature_divides_and_has_its_limit_at_0(logits: list[float], t: float) -> None:
+def test_temperature_divides_and_0_is_its_limit(logits: list[float], t: float) -> None:
     near(ll.temperature(array(logits), t), cooled(logits, 0 if t < 1e-38 else t))
 
 
 @quick
 @given(some_logits, st.lists(st.booleans(), min_size=7, max_size=7), st.floats(0.1, 10))
 @example(steep, [True] * 7, 1.5)
-def test_repetition_penalty_makes_what_was_seen_less_likely(
-    logits: list[float], seen: list[bool], penalty: float
-) -> None:
+def test_repetition_penalty_rescales_seen_tokens(logits: list[float], seen: list[bool], penalty: float) -> None:
     near(ll.repetition_penalty(array(logits), jnp.array(seen), penalty), penalised(logits, seen, penalty))
 
 
@@ -145,14 +143,14 @@ def test_repetition_penalty_makes_what_was_seen_less_likely(
     st.sampled_from([0.05, 0.45, 0.9, 1.0]),
     st.sampled_from([0.0, 0.07, 0.6]),
 )
-def test_sampling_is_the_samplers_in_order(
+def test_sampling_applies_the_samplers_in_order(
     logits: list[float], seen: list[bool], penalty: float, t: float, k: int | None, p: float, m: float
 ) -> None:
     want = penalised(logits, seen, penalty)
     got = ll.Sampling(penalty, t, k, p, m)(array(logits), jnp.array(seen))
     if t == 0:
         return near(got, keep(want, likeliest_first(want)[:1]))
-    # Two that differ by a rounding may end on either side of a bound.
+    # Logits that differ only by a rounding error may fall on either side of a threshold.
     gaps = [abs(a - b) for a in want for b in want if a != b and INF not in (-a, -b)]
     assume(min(gaps, default=1) > 1e-3)
     want = cooled(want, 0 if t < 1e-38 else t)
@@ -173,45 +171,26 @@ def test_sampling_is_the_samplers_in_order(
         ([0.5, 0.25, 0.125, 0.125], ll.Sampling(temperature=2.0, top_p=1.0, min_p=0.6), 2),  # min-p first: 1
     ],
 )
-def test_the_order_matters(chances: list[float], sampling: ll.Sampling, kept: int) -> None:
+def test_the_order_of_samplers_matters(chances: list[float], sampling: ll.Sampling, kept: int) -> None:
     logits = sampling(array([math.log(p) for p in chances]), jnp.zeros(4, bool))
     assert np.isfinite(np.asarray(logits)).tolist() == [True] * kept + [False] * (4 - kept)
 
 
-def test_sampling_is_in_float32_at_least() -> None:
-    """A bfloat16 divided by 3 is off by up to 2⁻⁹, and a penalty's quotient as much."""
+def test_sampling_is_at_least_float32() -> None:
+    """In bfloat16, dividing by the temperature and by the penalty would each add a rounding error."""
     logits, sampling = array(steep[:5]).astype(jnp.bfloat16), ll.Sampling(1.3, 3.0, None, 1.0)
     got = sampling(logits, jnp.ones(5, bool))
     assert got.dtype == jnp.float32
     near(got, [float(x) for x in sampling(logits.astype(jnp.float32), jnp.ones(5, bool))])
 
 
-def test_sampling_that_changes_nothing_changes_nothing() -> None:
+def test_neutral_sampling_only_shifts_logits() -> None:
     logits = array(steep[:5])
     got = ll.Sampling(1.0, 1.0, None, 1.0, 0.0)(logits, jnp.ones(5, bool))
     near(got, cooled(steep[:5], 1))
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("repetition_penalty", [0, -1, INF, math.nan]),
-        ("temperature", [-1e-9, INF, math.nan]),
-        ("top_k", [0, -1, 8]),
-        ("top_p", [0, -0.1, 1.001, math.nan]),
-        ("min_p", [-0.1, 1.001, math.nan]),
-    ],
-)
-def test_sampling_refuses_what_is_not_defined(field: str, values: list[float]) -> None:
-    ll.Sampling(1.5, 0.0, 7, 1.0, 1.0).check(7)
-    for value in values:
-        fields: dict[str, Any] = {field: value if field == "top_k" else float(value)}
-        with pytest.raises(ll.LlamaError, match=f"^arguments: {field}: got .*, expected ") as caught:
-            ll.Sampling(**fields).check(7)
-        assert caught.value.field == field
-
-
-# ---- The choice ------------------------------------------------------------------------------------------------------
+# ---- Drawing a token -------------------------------------------------------------------------------------------------
 
 
 def draws(logits: Sequence[float], sampling: ll.Sampling, seed: int, positions: Sequence[int]) -> list[int]:
@@ -230,13 +209,13 @@ def draws(logits: Sequence[float], sampling: ll.Sampling, seed: int, positions: 
         ll.Sampling(temperature=0.7, top_p=1.0, min_p=0.1),
     ],
 )
-def test_tokens_come_as_often_as_they_are_likely(sampling: ll.Sampling) -> None:
+def test_token_frequencies_match_probabilities(sampling: ll.Sampling) -> None:
     logits = [0.3, -1.0, 1.5, 0.0, -2.5, 1.0, 0.9]
     n, chances = 20_000, probabilities(np.asarray(sampling(array(logits), jnp.zeros(7, bool))).tolist())
     counts = np.bincount(draws(logits, sampling, 7, range(n)), minlength=7)
     assert all(counts[i] == 0 for i, p in enumerate(chances) if p == 0)
     surprise = sum((counts[i] - n * p) ** 2 / (n * p) for i, p in enumerate(chances) if p)
-    assert surprise < 22.5, (counts, chances)  # χ² with 6 degrees of freedom is above in one of 1000 cases
+    assert surprise < 22.5, (counts, chances)  # the 99.9 % quantile of χ² with 6 degrees of freedom
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
@@ -249,20 +228,20 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
 
 
 @pytest.mark.parametrize("t", [0.0, 1e-40])
-def test_no_temperature_is_the_likeliest(t: float) -> None:
+def test_temperature_0_draws_the_likeliest(t: float) -> None:
     assert set(draws([0.3, -1.0, 1.5, 1.4999, -2.5], ll.Sampling(temperature=t), 0, range(50))) == {2}
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
 @pytest.mark.parametrize("sampling", [ll.Sampling(), ll.Sampling(temperature=0.0)])
-def test_logits_that_are_not_finite_choose_nothing(bad: float, sampling: ll.Sampling) -> None:
+def test_non_finite_logits_yield_no_token(bad: float, sampling: ll.Sampling) -> None:
     assert draws([0.0, 1.0, bad, 2.0], sampling, 0, [5]) == [-1]
     assert draws([bad] * 4, sampling, 0, [5]) == [-1]
 
 
 @pytest.mark.parametrize("penalty", [1e-40, 1e-38, 3e38])
-def test_a_penalty_that_overflows_chooses_nothing(penalty: float) -> None:
-    """Finite logits and a finite penalty may have an infinite quotient: ∞ − ∞ would then be drawn from in silence."""
+def test_an_overflowing_penalty_yields_no_token(penalty: float) -> None:
+    """A finite logit divided by a finite penalty can be infinite, and ∞ − ∞ = NaN would then be sampled silently."""
     logits, seen = array([-30.0, -20.0, 40.0]), jnp.array([True, True, penalty < 1])
     logits = logits if penalty < 1 else -jnp.abs(logits)
     token, _ = ll.choose(
@@ -271,7 +250,7 @@ def test_a_penalty_that_overflows_chooses_nothing(penalty: float) -> None:
     assert token == -1
 
 
-def test_what_is_chosen_is_seen() -> None:
+def test_a_chosen_token_is_marked_as_seen() -> None:
     token, seen = ll.choose(
         jax.random.key(0), jnp.array(0), array([0, 9, 1]), jnp.array([True, False, False]), ll.Sampling()
     )

@@ -1,4 +1,4 @@
-"""Part 8: a model whose parameters are split over eight devices computes what it computes on one."""
+"""Part 8: a model sharded over eight devices computes the same as on one."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ print(len(jax.devices()))
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, False), (2, 4, True), (4, 2, False)], ids=str)
-def test_split_parameters_have_the_same_loss_and_gradients(mesh: tuple[int, int, bool]) -> None:
+def test_sharded_parameters_give_the_same_loss_and_gradients(mesh: tuple[int, int, bool]) -> None:
     paths = os.pathsep.join(str(Path(__file__).parents[n]) for n in (0, 1))
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM.format(mesh=mesh)]

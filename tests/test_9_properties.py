@@ -1,4 +1,4 @@
-"""Part 9: the properties hold for our model and for transformers', and each is seen to fail where it does not hold."""
+"""Part 9: the properties hold for our model and transformers', and each check fails for a model that violates it."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +26,14 @@ llama = jax.jit(ll.llama, static_argnums=4)
 
 @pytest.fixture(autouse=True, scope="module")
 def short_blocks() -> Iterator[None]:
-    """Attention reads three keys at a time, so that a few tokens are several blocks."""
+    """Attention reads blocks of three keys, so that a few tokens span several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ll, "BLOCK", 3)
         yield
 
 
 class Ours(NamedTuple):
-    """Our model as the properties take it."""
+    """Our model, with the interfaces that the checks expect."""
 
     params: ll.Params
     dtype: Any = jnp.float32
@@ -42,7 +42,7 @@ class Ours(NamedTuple):
         return logits(self.params, jnp.asarray(tokens), SMALL)
 
     def step(self, tokens: Any, cache: Any) -> tuple[Any, Any]:
-        """Tokens after a cache, which knows how many it has seen, and is full of numbers where it has seen none."""
+        """Decode tokens with a cache that counts its filled positions; the unfilled ones are not zero."""
         seen, cache = cache or (0, jax.tree.map(lambda leaf: leaf + 9, ll.empty_cache(SMALL, ROOM, self.dtype)))
         out, cache = llama(self.params, jnp.asarray(tokens), cache, jnp.array(seen), SMALL)
         return out, (seen + len(tokens), cache)
@@ -107,7 +107,7 @@ def test_transformers() -> None:
     ll.check_cache(cached, whole, TOKENS, 1e-5)
 
 
-# ---- Where they do not hold ------------------------------------------------------------------------------------------
+# ---- Models that violate them ----------------------------------------------------------------------------------------
 
 causality = partial(ll.check_causality, tokens=TOKENS, vocab=SMALL.vocab)
 cache = partial(ll.check_cache, model=OURS.model, tokens=TOKENS, bound=1e-5)
@@ -117,54 +117,54 @@ heads = partial(ll.check_heads, params=OURS.params, config=SMALL, tokens=TOKENS,
 
 
 def late(tokens: Any, cache: Any) -> tuple[Any, Any]:
-    """A cache that is written one position late."""
+    """A cache written one position too late."""
     scores, (seen, cache) = OURS.step(tokens, cache)
     return scores, (seen + 1, cache)
 
 
 def crossed(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
-    """Query heads that attend to the keys of the group before theirs."""
+    """Query heads attend to the keys of the previous group."""
     shift = config.q_per_kv // 4
     blocks = [w._replace(attn=w.attn._replace(k=jnp.roll(w.attn.k, shift, 0))) for w in layers_of(params)]
     return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
 
 
 def biased(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
-    """The first query head of each group twice as loud."""
+    """The first query head of each group, weighted twice."""
     blocks = [w._replace(attn=w.attn._replace(o=w.attn.o.at[:, :, 0].multiply(2))) for w in layers_of(params)]
     return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
 
 
 def ordered(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
-    """The first key/value head twice as loud, however many there are."""
+    """The first third of the key/value heads, weighted twice."""
     blocks = [
         w._replace(attn=w.attn._replace(o=w.attn.o.at[:, : len(w.attn.k) // 3].multiply(2))) for w in layers_of(params)
     ]
     return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
 
 
-# Each with what it must say.
+# Each with the message that it must produce.
 BROKEN: dict[str, tuple[Callable[[], None], str]] = {
     "a token sees the next": (lambda: causality(lambda t: OURS.model(t)[::-1]), "logits before a change at 1: "),
-    "tokens are not read": (lambda: causality(lambda t: OURS.model(TOKENS)), "logits at a change at 0: got the same"),
+    "tokens are ignored": (lambda: causality(lambda t: OURS.model(TOKENS)), "logits at a change at 0: got the same"),
     "cache written late": (lambda: cache(late), "logits at 1 after a prefill of 1: got a relative error"),
     "prefill cut short": (lambda: cache(lambda t, c: OURS.step(t[-1:], c)), "logits of a prefill of 2: got shape"),
     "rows in another order": (
         lambda: rows(lambda t: OURS.rows(t[::-1]), tokens=[TOKENS, TOKENS[::-1]]), "the row of 7: got a relative"
     ),
-    "rows padded before": (lambda: rows(lambda t: [OURS.model([0, *r])[1:] for r in t]), "the row of 4: got"),
+    "rows padded on the left": (lambda: rows(lambda t: [OURS.model([0, *r])[1:] for r in t]), "the row of 4: got"),
     "half the angle": (lambda: rotation(lambda x, m: rotate(x, m // 2)), "a product over distance 1 at 1: "),
-    "a rotation that adds": (lambda: rotation(lambda x, m: jnp.asarray(x) + m), "a norm at 77: "),
-    "a rotation that begins at 1": (lambda: rotation(lambda x, m: rotate(x, m + 1)), "a vector rotated at 0: "),
+    "addition in place of rotation": (lambda: rotation(lambda x, m: jnp.asarray(x) + m), "a norm at 77: "),
+    "rotation that starts at position 1": (lambda: rotation(lambda x, m: rotate(x, m + 1)), "a vector rotated at 0: "),
     "no rotation": (lambda: rotation(lambda x, m: jnp.asarray(x)), "a product over distance 1: got that over 0"),
     "keys of another group": (lambda: heads(crossed), "keys and values repeated for every query head: "),
-    "a loud query head": (lambda: heads(biased), "keys and values repeated for every query head: "),
-    "a loud key/value head": (lambda: heads(ordered), "key/value heads in another order: "),
+    "a query head weighted twice": (lambda: heads(biased), "keys and values repeated for every query head: "),
+    "a key/value head weighted twice": (lambda: heads(ordered), "key/value heads in another order: "),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_each_can_fail(name: str) -> None:
+def test_each_check_can_fail(name: str) -> None:
     broken, says = BROKEN[name]
     with pytest.raises(AssertionError, match=re.escape(says)):
         broken()

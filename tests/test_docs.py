@@ -1,4 +1,4 @@
-"""The README and docs/ are true: commands and examples run, names exist, tables and counts are up to date."""
+"""The README and docs/ are correct: commands and examples run, names exist, tables and counts are up to date."""
 
 import re
 import shlex
@@ -35,11 +35,11 @@ def test_examples_run(example: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(command: str) -> None:
-    """`./dev` itself is what runs this test; its other commands and the console script run here."""
+    """Except `./dev` by itself, which would run this test again."""
     program, *arguments = shlex.split(command)
     if program == "./dev" and not arguments:
         return
-    arguments += ["--max-new", "4"] * ("chat" in arguments)  # an answer may be as long as the context
+    arguments += ["--max-new", "4"] * ("chat" in arguments)  # an answer could otherwise fill the context
     if program == "./dev":
         run = [sys.executable, str(ROOT / "dev"), *arguments]
     else:
@@ -51,19 +51,19 @@ def test_commands_run(command: str) -> None:
     assert done.stdout.strip()
 
 
-def test_it_is_short() -> None:
+def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 900
 
 
-def test_the_faults_are_counted() -> None:
+def test_the_fault_counts_are_correct() -> None:
     happened = len([mutant for mutant in MUTANTS if mutant.bug])
     counts = re.search(r"puts (\d+) faults into the code, (\d+) of which have happened", README)
     assert counts and [*map(int, counts.groups())] == [len(MUTANTS), happened]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_it_names_exists(page: Path) -> None:
-    """Links and paths lead somewhere, and names with an underscore or a call are in the code."""
+def test_names_and_links_exist(page: Path) -> None:
+    """Links resolve, and paths and names in backticks exist in the repository."""
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (page.parent / link).exists(), link
@@ -82,8 +82,8 @@ def test_every_part_is_listed() -> None:
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_tables_of_speed_have_every_row_and_floor() -> None:
-    """Their figures are of one machine, on one day; ./dev bench --write makes others."""
+def test_the_speed_tables_have_every_row_and_floor() -> None:
+    """The figures, from one machine on one day, are not compared; ./dev bench --write updates them."""
     table = bench.PAGE.read_text().split(bench.BEGIN)[1].split(bench.END)[0]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines() if line[:1] == "|"]
     shown = {(work, floor.removesuffix(" **missed**")) for work, _, _, _, _, floor, _ in lines[2:]}
@@ -102,16 +102,16 @@ Columns = dict[str, dict[str, float]]
 @pytest.fixture(scope="module")
 def errors() -> Iterator[Columns]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices as small as these gain nothing from a second one
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     yield numerics.errors()
     torch.set_num_threads(threads)
 
 
-def test_the_table_of_errors_is_up_to_date(errors: Columns) -> None:
-    """It has these rows, columns and words, and its figures are within a factor of 2.
+def test_the_error_table_is_up_to_date(errors: Columns) -> None:
+    """Rows, columns and text are the same, and figures agree within a factor of 2.
 
-    On one machine they are the same every time. Another adds in another order, and may round bfloat16 at other places,
-    but a norm over thousands of roundings hardly moves: for more than a factor of 2 the arithmetic has to change.
+    On one machine they are reproducible. Another may sum in a different order and round bfloat16 in other places, but a
+    norm over thousands of rounding errors hardly moves: more than a factor of 2 means that the arithmetic has changed.
     """
     _, written, _ = numerics.split(numerics.PAGE.read_text())
     made = numerics.table(errors)
@@ -119,23 +119,23 @@ def test_the_table_of_errors_is_up_to_date(errors: Columns) -> None:
     assert FIGURE.sub("#", written) == FIGURE.sub("#", made), stale
     for then, now in zip(written.splitlines(), made.splitlines(), strict=True):
         for a, b in zip(FIGURE.findall(then), FIGURE.findall(now), strict=True):
-            assert 1 / 2 <= float(a) / float(b) <= 2, f"{stale}: got {now}, written is {then}"
+            assert 1 / 2 <= float(a) / float(b) <= 2, f"{stale}: got {now}, expected {then}"
 
 
 @pytest.mark.parametrize("row", [*numerics.FUNCTIONS, *numerics.DEPTHS])
 def test_float32_is_close(row: str, errors: Columns) -> None:
-    """A few roundings of 2⁻²⁴ = 6e-8; where pairs are rotated, also those of angles of up to 300 radians."""
+    """A few rounding errors of 2⁻²⁴ = 6e-8 and, where pairs are rotated, those of angles of up to 300 radians."""
     assert errors["float32"][row] < (3e-6 if row in numerics.DEPTHS else 1.5e-6)
 
 
 @pytest.mark.parametrize("row", ["rms_norm", "rope", "softmax", "attend", "silu"])
 def test_bfloat16_is_rounded_once(row: str, errors: Columns) -> None:
-    """What is float32 inside has the rounding of its result alone: at most 2⁻⁸, and half of that on average."""
+    """With float32 inside, only the result is rounded: a relative error of at most 2⁻⁸, and half of that on average."""
     assert errors["bfloat16"][row] < 2**-9
 
 
-def test_the_yardstick(x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """float64 stays float64, to its last digits: transformers agrees, once its float32 is float64 too."""
+def test_the_float64_reference(x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is float64 throughout, to the last digits: transformers agrees, once its float32 is replaced by float64."""
     for name in ("float", "float32"):
         monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -1,11 +1,11 @@
-"""How fast it is, and beside whom: `./dev bench`, some ten minutes on two cores.
+"""Benchmarks against transformers and llama2.c: `./dev bench`, about ten minutes on two cores.
 
-A line holds our figures against a peer's, against others of our own, or against a bound. Both are taken in turns (A B A
-B …) after one turn that does not count. The ratio is the median of the turns' ratios; the spread, the distance between
-their quartiles over that median. What the machine can do is measured before each row. All is float32, on two threads.
+A line compares our figures with a peer's, with others of our own, or with a bound. The two are measured in alternation
+(A B A B …) after one warm-up turn. The ratio is the median of the turns' ratios; the spread is their interquartile
+range over that median. The machine's own speed is measured before each row. All is float32, on two threads.
 
-It exits 0 where every floor is met, 1 where one is missed or where the machine was busy: a spread was above 20 %, or
-others took above 20 % of a core (which may slow a peer seventeenfold, and as steadily as you like).
+The exit status is 0 if every floor is met, and 1 if one is missed or the machine was busy: a spread above 20 %, or
+other processes using more than 20 % of a core (which can slow a peer seventeenfold without adding to the spread).
 """
 
 import argparse
@@ -54,7 +54,7 @@ Work = Callable[[], Any]
 
 
 class Against(NamedTuple):
-    """Our figures and those that they are held against, one of each a turn, or just ours where there is a bound."""
+    """Our figures and those they are compared with, one of each per turn; only ours if the floor is a bound."""
 
     peer: str
     unit: str
@@ -63,7 +63,7 @@ class Against(NamedTuple):
 
 
 def take_turns(turns: int, *contenders: Work) -> "np.ndarray[Any, Any]":
-    """What each contender returned in each turn, after one to warm up."""
+    """What each contender returned in each turn, after a warm-up turn."""
     return np.array([[contender() for contender in contenders] for _ in range(1 + turns)][1:]).swapaxes(0, 1)
 
 
@@ -79,37 +79,37 @@ def seconds(work: Work) -> float:
 
 
 def rate(n: int, work: Work) -> Work:
-    """How many of the n things that work does it does in a second."""
+    """Items per second, for work that processes n items."""
     return lambda: n / seconds(work)
 
 
 def same(ours: Any, theirs: torch.Tensor) -> None:
-    """What does not compute the same is not to be compared."""
+    """Fail unless both compute the same; otherwise their speeds are not comparable."""
     a, b = np.asarray(ours, np.float64), theirs.detach().double().numpy()
     assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b), f"got {a}, expected {b}"
 
 
 @cache
 def operations() -> tuple[Work, ...]:
-    """Three ways to read 512 MiB, and torch's and jax's product of two matrices, 2048 × 2048 × 2048."""
+    """Three ways to read 512 MiB, and a matrix product in torch and in jax, 2048 × 2048 × 2048."""
     a, b = np.ones(2**27, np.float32), np.ones((2048, 2048), np.float32)
     sums = a.sum, torch.from_numpy(a).sum, partial(jax.jit(jnp.sum), jnp.asarray(a))
     return *sums, partial(torch.matmul, *[torch.from_numpy(b)] * 2), partial(jax.jit(jnp.matmul), *[jnp.asarray(b)] * 2)
 
 
 def read_bandwidth() -> float:
-    """GB/s, in whichever way is fastest."""
+    """GB/s, in the fastest of the three ways."""
     return 2**29 / min(seconds(read) for read in operations()[:3] for _ in range(2)) / 1e9
 
 
 def machine() -> list[float]:
-    """What it can do at this moment: GB/s read, GFLOP/s of torch and of jax."""
+    """The machine's current speed: GB/s read, GFLOP/s of torch and of jax."""
     return [read_bandwidth(), *(2 * 2048**3 / min(seconds(op) for _ in range(4)) / 1e9 for op in operations()[3:])]
 
 
 def others() -> float:
-    """Seconds of all cores spent since they started, but for those of this process and of its children that ended."""
-    ticks = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]  # the fourth and fifth: idle
+    """CPU seconds of all cores since boot, except those of this process and its finished children."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]  # the fourth and fifth are idle
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
@@ -127,8 +127,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def child(*command: str, **environment: str) -> list[float]:
-    """A process's seconds to its first byte on stdout, seconds to its end, and MB at its peak."""
-    # Linux counts the memory of whoever starts a process as that process's own, so a small one in between starts it.
+    """Run a process: seconds to its first byte on stdout, seconds to its end, and peak memory in MB."""
+    # Linux counts a parent's memory at the fork as its child's, so the process is forked from a small one.
     command = sys.executable, "-c", CHILD, *command
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -142,13 +142,13 @@ IMPORT_JAX = partial(child, sys.executable, "-c", "import jax")
 
 
 class Pair(NamedTuple):
-    """One model twice, ours and transformers', and how each decodes greedily from token 1 on."""
+    """One model twice, ours and transformers', each with greedy decoding from token 1."""
 
     session: Session
     oracle: Any
 
     def ours(self, n: int) -> list[int]:
-        """As `generate` reads them, into a cache for 1024, but for its random draw."""
+        """Decode as `generate` does, with a cache of 1024 positions, but with argmax in place of sampling."""
         self.session.reserve(1024 - PREFILL[-1])
         tokens = self.session.rewind([1])
         for _ in range(n):
@@ -166,14 +166,14 @@ class Pair(NamedTuple):
 
 @cache
 def pair(name: str) -> Pair:
-    """SmolLM2 as it is, or random weights of one of llama2.c's shapes."""
+    """SmolLM2 with its own weights, or one of llama2.c's shapes with random weights."""
     if name == "SmolLM2":
         path, auto = default_model(), transformers.AutoModelForCausalLM
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
             oracle = auto.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
         return Pair(Session(load(path)), oracle)
     torch.manual_seed(0)
-    config = replace(ll.CONFIGS[f"stories{name.lower()}"], ctx=4096)  # room for 2048 tokens and the padding behind
+    config = replace(ll.CONFIGS[f"stories{name.lower()}"], ctx=4096)  # room for 2048 tokens and padding
     oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=config.vocab, hidden_size=config.dim, num_hidden_layers=config.layers, head_dim=config.head_dim,
         num_attention_heads=config.kv_heads * config.q_per_kv, num_key_value_heads=config.kv_heads,
@@ -181,7 +181,7 @@ def pair(name: str) -> Pair:
         rope_parameters={"rope_type": "default", "rope_theta": config.theta}, tie_word_embeddings=config.tied,
     )).eval()  # fmt: skip
     oracle.set_attn_implementation("sdpa")
-    with torch.no_grad():  # run.c ends at token 1: token 2 is to be likelier wherever either is likely
+    with torch.no_grad():  # run.c stops at token 1, so token 2 must be likelier wherever 1 is likely
         oracle.model.embed_tokens.weight[1] = oracle.model.embed_tokens.weight[2] / 2
     params = from_hf({name: p.detach().numpy() for name, p in oracle.named_parameters()}, config)
     silent = Tokenizer(lambda text, special: [], [b""] * config.vocab, {}, frozenset(), None, False, b"", None)
@@ -189,7 +189,7 @@ def pair(name: str) -> Pair:
 
 
 def llama2c(model: Model, n: int, folder: Path) -> Work:
-    """llama2.c's tokens a second, by its own clock, which starts after the first of n + 1."""
+    """llama2.c's tokens per second, by its own clock, which starts after the first of n + 1 tokens."""
     config = replace(model.config, ctx=1024)
     write_llama2c(folder / "model.bin", config, to_llama2c(model.params, config))
     (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 1) + config.vocab * struct.pack("<fi1s", 0, 1, b"."))
@@ -208,19 +208,19 @@ def llama2c(model: Model, n: int, folder: Path) -> Work:
 
 
 def decode(turns: int, name: str, n: int) -> Iterator[Against]:
-    """Tokens a second: ours, theirs, and as many as the memory could bring the weights for."""
+    """Tokens per second: ours, theirs, and the limit set by reading all weights once per token."""
     both, model = pair(name), pair(name).session.model
     gigabytes = 4 * ll.count(model.config) / 1e9
     assert both.ours(8) == both.theirs(8)
     peers = {"transformers": rate(n, partial(both.theirs, n)), "read bandwidth": lambda: read_bandwidth() / gigabytes}
     with tempfile.TemporaryDirectory() as folder:
-        if LLAMA2_RUN and name != "SmolLM2":  # whose theta it does not know
+        if LLAMA2_RUN and name != "SmolLM2":  # whose theta run.c does not support
             peers["llama2.c"] = llama2c(model, n, Path(folder))
         yield from race(turns, "tokens/s", rate(n, partial(both.ours, n)), peers)
 
 
 def decode_rows(turns: int, batch: int, n: int) -> Iterator[Against]:
-    """`llama` mapped over tokens, caches and positions."""
+    """`llama` under `vmap` over tokens, caches and positions."""
     both = pair("110M")
     config, params, _ = both.session.model
 
@@ -247,7 +247,7 @@ def decode_rows(turns: int, batch: int, n: int) -> Iterator[Against]:
 
 
 def decode_far(turns: int, name: str) -> Iterator[Against]:
-    """A token at position 64, twenty times over, where most of the cache is empty and where little is."""
+    """One token at position 64, repeated twenty times, with a mostly empty cache and with a small one."""
     config, params, _ = pair(name).session.model
 
     def at(ctx: int) -> Work:
@@ -266,9 +266,9 @@ def decode_far(turns: int, name: str) -> Iterator[Against]:
 
 
 def prefill(turns: int, name: str, n: int) -> Iterator[Against]:
-    """A prompt to the logits after its last token, as `generate` of either begins."""
+    """Read a prompt up to the logits after its last token, as either `generate` does first."""
     oracle, tokens = pair(name).oracle, np.random.default_rng(0).integers(3, 32000, n).tolist()
-    session = Session(pair(name).session.model)  # a new one, as its cache may grow
+    session = Session(pair(name).session.model)  # a new one, since its cache may grow
 
     def ours() -> Any:
         session.rewind(tokens[:1])
@@ -287,7 +287,7 @@ def gradients(config: ll.Config) -> Any:
 
 
 def learn(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
-    """The loss and its gradients by all parameters; no step is taken."""
+    """The loss and the gradients of all parameters, without an optimiser step."""
     (session, oracle), tokens = pair(name), np.random.default_rng(0).integers(3, 32000, (batch, seq), np.int32)
     targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)  # transformers shifts them itself
     ours = partial(gradients(session.model.config), session.model.params, tokens, targets)
@@ -307,13 +307,13 @@ def learn(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
         try:
             same(loss, theirs(compiled := torch.compile(oracle)))
             peers["torch.compile"] = rate(n, partial(theirs, compiled))
-        except Exception as error:  # its compiler's, of any kind
+        except Exception as error:  # of any type, from its compiler
             ABSENT["torch.compile"] = " ".join(str(error).split())[:100]
     return race(turns, "tokens/s", rate(n, ours), peers)
 
 
 def memory(_: int, work: str) -> Iterator[Against]:
-    """What a program needs besides its arguments and results, in its compiler's words. Nothing is run."""
+    """A program's temporary memory, as reported by the compiler. Nothing is run."""
 
     def temporary(seq: int) -> list[float]:
         config, scalar = replace(ll.CONFIGS["stories15m"], ctx=seq), jax.ShapeDtypeStruct((), jnp.int32)
@@ -330,7 +330,7 @@ def memory(_: int, work: str) -> Iterator[Against]:
 
 
 def compiling(turns: int) -> Iterator[Against]:
-    """From Python to a program, with nothing kept from the time before."""
+    """The time to trace, lower and compile, with empty caches."""
 
     def deep(layers: int) -> float:
         config = ll.Config(300, 64, layers, 2, 2, 16, 176, 128, 1e-5, 1e4, None, False)
@@ -343,7 +343,7 @@ def compiling(turns: int) -> Iterator[Against]:
 
 
 def chat(turns: int) -> Iterator[Against]:
-    """With an empty compilation cache, then with what that left in it. Memory is less that of an import of jax."""
+    """With an empty compilation cache, then with the one that this filled. Memory excludes that of importing jax."""
     command = [str(Path(sys.executable).with_name("lovely-llama")), "chat", "Why is the sky blue?"]
     with tempfile.TemporaryDirectory() as folder:
         caches = np.repeat(np.arange(1 + turns), 2).tolist()  # each is used twice, and empty the first time
@@ -363,7 +363,7 @@ def imports(turns: int) -> Iterator[Against]:
     yield Against("import jax", "s", *take_turns(turns, ours, IMPORT_JAX)[:, :, 1])
 
 
-# By name: how it is measured, and the floor against each peer. What has none is for the record.
+# Each row: how it is measured, and the floor against each peer. Peers without a floor are for information.
 ROWS: dict[str, tuple[Callable[[int], Iterable[Against]], dict[str, str]]] = {
     "decode 110M (120 tokens)": (
         partial(decode, name="110M", n=120), {"transformers": "≥ 1.25 ×", "read bandwidth": "≥ 0.75 ×"}),
@@ -388,7 +388,7 @@ ROWS: dict[str, tuple[Callable[[int], Iterable[Against]], dict[str, str]]] = {
     "compile gradients (32 layers stacked)": (compiling, {"4 layers": "≤ 1.5 ×"}),
 }  # fmt: skip
 
-# What a newcomer sees of them: against the first peer of each.
+# The rows shown in the README, each against its first peer.
 IN_README = {
     "decode SmolLM2": "decode SmolLM2 (100 tokens)", "read a prompt of 2048, 110M": "prefill 110M (2048 tokens)",
     "gradients of 8 × 256 tokens, 15M": "gradients 15M (8×256)",
@@ -399,7 +399,7 @@ IN_README = {
 
 
 def judge(against: Against, floor: str | None) -> dict[str, Any]:
-    """A line in full. Its value is in what its floor is in: a ratio, seconds, or the seconds between the medians."""
+    """A complete line. Its value is of the same kind as its floor: a ratio, seconds, or a difference of medians."""
     peer, unit, ours, theirs = against
     ratios, medians = np.array(ours), [float(np.median(ours))]
     if theirs is not None:
@@ -423,7 +423,7 @@ def markdown(line: Mapping[str, Any]) -> str:
 
 
 def for_readme(lines: list[dict[str, Any]]) -> str:
-    """The rows of the README in Markdown, and where they were measured."""
+    """The README's table in Markdown, and the machine it was measured on."""
     head = "| work | here | transformers | ratio |"
     rows = [head, "|---" * (head.count("|") - 1) + "|"]
     for name, work in IN_README.items():
@@ -439,7 +439,7 @@ def processor() -> str:
 
 
 def replaced(text: str, begin: str, end: str, what: str) -> str:
-    """A text with something else between two marks."""
+    """A text with the part between two marks replaced."""
     return text[: text.index(begin) + len(begin)] + f"\n{what}\n" + text[text.index(end) :]
 
 
@@ -460,14 +460,14 @@ def main() -> int:
         parser.error(f"LLAMA2_RUN: got {LLAMA2_RUN}, expected a program")
     if args.compile:
         del ABSENT["torch.compile"]
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # jax takes as many threads as there are cores
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # jax uses one thread per core
     torch.set_num_threads(THREADS)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    machine()  # whose first time is not counted either
+    machine()  # a warm-up, not recorded
     lines = list[dict[str, Any]]()
     for row in chosen:
         measure, floors = ROWS[row]

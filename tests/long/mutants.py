@@ -1,10 +1,10 @@
-"""Put faults into copies of the project, one at a time, and see that the tests of the faulty part find every one.
+"""Mutation testing: put faults into copies of the project, one at a time, and check that the part's own tests fail.
 
-    ./dev mutants            each fault below: what kills it, or that it survives (exit status 1)
-    ./dev mutants --lines    each statement left out in turn, likewise; NAMEs are then parts (3) or modules (tokens)
-    ./dev mutants NAME ...   some of the faults
+    ./dev mutants            for each fault below, the test that kills it, or that it survives (exit status 1)
+    ./dev mutants --lines    the same, leaving out each statement in turn; NAMEs are then parts (3) or modules (tokens)
+    ./dev mutants NAME ...   only these faults
 
-A mutant counts as killed if a test fails, not if one crashes, and only by the tests of its own part or module.
+A mutant counts as killed only if a test of its own part or module fails; a crash does not count.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TOOLS = (
 
 
 class Mutant(NamedTuple):
-    """A fault: what is written instead of what. `bug` is its number among those that have happened elsewhere."""
+    """A fault: `new` in place of `old`. `bug` is its number among those that have occurred elsewhere."""
 
     name: str
     where: int | str  # a part of the library, or a module of the tools
@@ -46,7 +46,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    # Those that have happened in public code.
+    # Bugs that have occurred in public code.
     Mutant("rotary pairs taken as halves", 3, "a, b = wide(x).reshape(-1, 2).T", "a, b = wide(x).reshape(2, -1)", 1),
     Mutant("rows of k left as Hugging Face has them", "layout", 'array.reshape(*heads, 2, width // 2, dim)', 'array.reshape(*heads, 2, width // 2, dim) if path[-1].name == "q" else array.reshape(*heads, width // 2, 2, dim).swapaxes(-3, -2)', 2),
     Mutant("query heads grouped the other way", 4, "vmap(group)(w.q,", "vmap(group)(w.q.reshape(w.q.shape[1], len(w.q), *w.q.shape[2:]).swapaxes(0, 1),", 3),
@@ -112,14 +112,14 @@ def file_of(where: int | str) -> str:
 
 
 def tests_of(where: int | str) -> list[str]:
-    """The tests of a part or a module. The assembled model is tested by the properties that any Llama has, too."""
+    """The tests of a part or a module. Part 4, the assembled model, is also tested by the properties of part 9."""
     if isinstance(where, str):
         return TESTS.get(where, [f"tests/tools/test_{where.rpartition('/')[2]}.py"])
     own = sorted((ROOT / "tests").glob(f"test_{where}_*.py"))
     return [str(path.relative_to(ROOT)) for path in own] + ["tests/test_9_properties.py"] * (where == 4)
 
 
-# Modules that are tested through others.
+# Modules without test files of their own.
 TESTS = {
     "extras": ["tests/tools/test_package.py"],
     "formats/__init__": ["tests/tools/test_files.py"],
@@ -128,7 +128,7 @@ TESTS = {
 
 
 def run(changed: str, source: str, tests: list[str]) -> tuple[str, str]:
-    """Run tests with one file changed: ("killed", by what), ("crashed", at what), ("hung", "") or ("survived", "")."""
+    """Run tests with one file changed: ("killed", test), ("crashed", where), ("hung", why) or ("survived", "")."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         copy.mkdir()
@@ -166,7 +166,7 @@ def run(changed: str, source: str, tests: list[str]) -> tuple[str, str]:
 def judge(mutant: Mutant) -> tuple[str, str]:
     file = file_of(mutant.where)
     source = (ROOT / file).read_text()
-    assert source.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} stands {source.count(mutant.old)} times"
+    assert source.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} occurs {source.count(mutant.old)} times"
     return run(file, source.replace(mutant.old, mutant.new), tests_of(mutant.where))
 
 
@@ -176,7 +176,7 @@ def judge(mutant: Mutant) -> tuple[str, str]:
 class Statement(NamedTuple):
     where: int | str
     text: str
-    source: str  # of the file without it
+    source: str  # of the file, without the statement
 
 
 def statements(where: int | str) -> Iterator[Statement]:
@@ -198,12 +198,12 @@ def statements(where: int | str) -> Iterator[Statement]:
             yield Statement(where, text, "".join([*lines[:first], *gap, *lines[last:]]))
 
 
-# Statements that tests may miss, and why.
+# Statements whose absence tests may miss, and why.
 REASONS = dict[str, str]()
 
 
 def leave_out(statement: Statement) -> tuple[str, str]:
-    """Its own tests first, then those of the parts and modules that use it."""
+    """Run the statement's own tests first, then those of the code that uses it."""
     where, _, source = statement
     ended = run(file_of(where), source, tests_of(where))
     for others in (tests_of("generate"), ["tests/tools/test_faults.py"]) if ended[0] == "survived" else ():

@@ -1,9 +1,9 @@
-"""How far from float64 are float32 and bfloat16, here and in transformers? The table of docs/numerics.md.
+"""Errors of float32 and bfloat16 against float64, here and in transformers: the table of docs/numerics.md.
 
     ./dev numerics            print it
     ./dev numerics --write    put it into docs/numerics.md
 
-test_docs.py fails when what stands there is not what this makes.
+test_docs.py fails if the table there is out of date.
 """
 
 import argparse
@@ -29,8 +29,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "numerics.md"
 MARKS = "<!-- numerics -->\n", "<!-- /numerics -->"
 FUNCTIONS = ("rms_norm", "rope", "softmax", "attend", "silu", "swiglu", "attention", "block")
 DEPTHS = {f"{n} layer{'s' if n > 1 else ''}": n for n in (1, 2, 4, 8, 12, 16, 32)}
-SEQ = 300  # more than a block of keys
-# No two sizes are equal, and the heads together are not as wide as dim.
+SEQ = 300  # more than one block of keys
+# Sizes differ pairwise, and the heads together are not as wide as dim.
 CONFIG = ll.Config(
     vocab=151, dim=90, layers=max(DEPTHS.values()), kv_heads=2, q_per_kv=3, head_dim=20, hidden_dim=236, ctx=SEQ,
     eps=1e-5, theta=5e5, rope_scaling=None, tied=False,
@@ -38,7 +38,7 @@ CONFIG = ll.Config(
 
 
 class Given(NamedTuple):
-    """All that is computed with. A function is given a row for each position, as it is inside a model."""
+    """All inputs. A function gets one row per position, as inside a model."""
 
     params: ll.Params
     tokens: Int[Array, " seq"]
@@ -50,7 +50,7 @@ class Given(NamedTuple):
 
 
 def draw(dtype: str) -> Given:
-    """Numbers at random, rounded to a type here and then never again, so that what differs later is arithmetic."""
+    """Random numbers, rounded to a dtype here and never again, so that later differences come from arithmetic alone."""
     rng = np.random.default_rng(0)
     tokens = jnp.array(rng.integers(CONFIG.vocab, size=SEQ, dtype=np.int32))
     widths = CONFIG.dim, SEQ, *[CONFIG.head_dim] * 3
@@ -67,7 +67,7 @@ def widen(given: Given) -> Given:
 
 
 def ours(given: Given) -> dict[str, Array]:
-    """Every row of the table, in the type of what is given. A model is the first so many of the same layers."""
+    """Every row of the table, in the dtype of the inputs. Models of all depths consist of the same first layers."""
     after, layers = [given.params.embed[given.tokens]], layers_of(given.params)
     for w in layers:
         after.append(block(w, after[-1]))
@@ -91,7 +91,7 @@ def functions(given: Given) -> dict[str, Array]:
     }
 
 
-@jax.jit  # by itself, so that it is compiled once for all layers
+@jax.jit  # separate, so that it is compiled once for all layers
 def block(w: ll.Block, x: Array) -> Array:
     _, angles, cache = places(x.dtype)
     return ll.block(w, x, angles, cache, 0, CONFIG)[0]
@@ -103,7 +103,7 @@ def readout(params: ll.Params, x: Array) -> Array:
 
 
 def places(dtype: Any) -> tuple[Array, Array, ll.Cache]:
-    """The positions, how far pairs have turned there, and an empty cache."""
+    """The positions, their rotary angles, and an empty cache."""
     positions = jnp.arange(SEQ)
     return positions, vmap(partial(ll.rope_angles, config=CONFIG))(positions), ll.empty_cache(CONFIG, SEQ, dtype)[0]
 
@@ -113,7 +113,7 @@ def places(dtype: Any) -> tuple[Array, Array, ll.Cache]:
 
 @torch.no_grad()
 def theirs(given: Given, dtype: torch.dtype) -> dict[str, Any]:
-    """The same rows but for `softmax`, which transformers has no function for."""
+    """The same rows except `softmax`, for which transformers has no function."""
 
     def across(array: Any) -> torch.Tensor:
         return torch.tensor(np.asarray(array, np.float64), dtype=dtype)
@@ -124,12 +124,12 @@ def theirs(given: Given, dtype: torch.dtype) -> dict[str, Any]:
         intermediate_size=CONFIG.hidden_dim, max_position_embeddings=CONFIG.ctx, rms_norm_eps=CONFIG.eps,
         rope_parameters={"rope_type": "default", "rope_theta": CONFIG.theta}, tie_word_embeddings=CONFIG.tied,
     )  # fmt: skip
-    # Made in this type, not moved to it: a move would round the rotary frequencies too.
+    # Created in this dtype, not cast to it: a cast would round the rotary frequencies too.
     model: Any = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation="eager").eval()
     model.load_state_dict({name: across(array) for name, array in to_hf(given.params, CONFIG).items()})
 
     def logits(depth: int) -> torch.Tensor:
-        model.config.num_hidden_layers = depth  # it goes through as many as this says
+        model.config.num_hidden_layers = depth  # how many layers it runs
         return model(torch.tensor(np.asarray(given.tokens))[None]).logits
 
     x, _, q, keys, values = (across(a)[None] for a in given[2:])
@@ -164,7 +164,7 @@ softmax of its own.
 
 
 def errors() -> dict[str, dict[str, float]]:
-    """‖a − b‖ / ‖b‖ in each column and row, b being what float64 makes of the same numbers."""
+    """‖a − b‖ / ‖b‖ for each column and row, where b is the float64 result for the same inputs."""
     columns = dict[str, dict[str, float]]()
     for name in ("float32", "bfloat16"):
         given = draw(name)
@@ -181,7 +181,7 @@ def error(got: Any, want: Any) -> float:
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
-    """The errors in Markdown, and how they came about."""
+    """The errors in Markdown, and how they were measured."""
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for row in (*FUNCTIONS, *DEPTHS):
         cells = [f"{column[row]:.1e}" if row in column else "–" for column in columns.values()]
@@ -190,7 +190,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 def split(page: str) -> tuple[str, str, str]:
-    """What is before the table, the table, and what is after it."""
+    """The text before the table, the table, and the text after it."""
     before, rest = page.split(MARKS[0])
     written, after = rest.split(MARKS[1])
     return before + MARKS[0], written, MARKS[1] + after

@@ -1,14 +1,13 @@
-"""Faults: what goes wrong, what must happen then, and what happens without the guard against it.
+"""Fault injection: bad inputs, how each must end, and how it ends without the guard against it.
 
-A case is a family of wrong inputs, its variants. Each must end as the contract says: through the API in a LlamaError
-with its `.file` and `.field`; through the command line in status 2 (bad input), 1 (a fault while running) or 130
-(Ctrl-C), with one line on stderr and no traceback; or in what is defined. A twin, the input with nothing wrong in it,
-must work. And each variant is run again with its guard removed: then it must end in just the way that is stated for
-it, or it proves nothing. Either the wrong input is accepted, or the result is wrong, or some other exception comes up,
-which then is named.
+A case is a family of bad inputs, its variants. Each must end as the contract requires: through the API in a LlamaError
+with its `.file` and `.field`; through the command line in exit status 2 (bad input), 1 (a failure while running) or 130
+(Ctrl-C), with one line on stderr and no traceback; or in the defined result. A twin, the valid counterpart of the
+input, must work. And each variant is run again with its guard removed: then it must fail in exactly the stated way, or
+it proves nothing. The bad input is accepted, or the result is wrong, or another exception is raised, which is named.
 
-Severity: S a wrong result in silence, C a crash, a hang or no memory left, M a poor message. conftest.py prints the
-score.
+Severity: S for silently wrong results, C for crashes, hangs and exhausted memory, M for poor messages. conftest.py
+prints a summary.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from lovely_llama_tools.files import load
 from lovely_llama_tools.generate import generate
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 60  # seconds: a machine may be busy
+PATIENCE = 60  # seconds: the machine may be busy
 
 # ---- Where variants happen -------------------------------------------------------------------------------------------
 
@@ -46,13 +45,13 @@ class Done(NamedTuple):
 
 @dataclass
 class World:
-    """A folder, three small models, and the command line, in this process or in one of its own."""
+    """A folder, three small models, and the command line, in this process or in a new one."""
 
     folder: Path
     patch: pytest.MonkeyPatch
-    talker: Path  # says letters, 64 positions
-    endless: Path  # says them for longer
-    french: Path  # says é
+    talker: Path  # generates letters, with 64 positions
+    endless: Path  # the same, with more positions
+    french: Path  # generates é
     removed: Mapping[str, str] = field(default_factory=dict[str, str])
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list["subprocess.Popen[bytes]"])
 
@@ -76,13 +75,13 @@ class World:
         return Done(status, out.getvalue(), err.getvalue())
 
     def run(self, command: str, *options: object, model: Path | None = None, **more: Any) -> Done:
-        """A command with the tiny model."""
+        """Run a command with the tiny model."""
         return self.main(command, "abc", "--model", model or self.talker, *options, **more)
 
     def python(
         self, code: str, *arguments: object, stdout: Any = subprocess.PIPE, before: str = "", **environment: str
     ) -> "subprocess.Popen[bytes]":
-        """A process of its own, with the same guards removed."""
+        """Start a new process with the same guards removed."""
         code = "import sys, lovely_llama_tools.__main__ as program; from removal import remove; " + code
         code = code.replace("REMOVED", repr(dict(self.removed)))
         words = [a if isinstance(a, bytes) else str(a) for a in arguments]
@@ -96,7 +95,7 @@ class World:
         return process
 
     def start(self, *arguments: object, **more: Any) -> "subprocess.Popen[bytes]":
-        """The command line as a process."""
+        """Start the command line as a process."""
         return self.python("remove(REMOVED); sys.exit(program.run())", *arguments, **more)
 
     def end(self) -> None:
@@ -114,23 +113,23 @@ Act = Callable[[World], object]
 
 
 class Accepted(AssertionError):
-    """What should have been refused was not."""
+    """Bad input was not refused."""
 
 
 class Unlike(AssertionError):
-    """It was refused, but not as the contract says."""
+    """Bad input was refused, but not as the contract requires."""
 
 
 class TooLong(BaseException):
-    """It did not end by itself."""
+    """It did not end in time."""
 
 
 class Guard(NamedTuple):
-    """What stands between a variant and its fault, and how the variant ends without it."""
+    """The code that prevents a variant's fault, and how the variant ends without it."""
 
     removed: Mapping[str, str]  # see `remove`
     end: type[BaseException]
-    compiled: bool = False  # whether it is part of compiled programs, which then must be made anew
+    compiled: bool = False  # whether it is part of programs, which must then be compiled again
 
 
 class Variant(NamedTuple):
@@ -146,14 +145,14 @@ class Case(NamedTuple):
 
 
 def unchecked(*fields: str) -> dict[str, str]:
-    """No check of these fields."""
+    """Remove the checks of these fields."""
     return {"lovely_llama:check": f"lambda f, *a, **k: None if f in {fields!r} else original(f, *a, **k)"}
 
 
 def guarded(
     act: Act, removed: Mapping[str, str], end: type[BaseException] = AssertionError, compiled: bool = False
 ) -> Variant:
-    """What is defined, and a change by which the result becomes wrong."""
+    """The result is as defined, and wrong once the guard is removed."""
     return Variant(act, Guard(removed, end, compiled))
 
 
@@ -161,7 +160,7 @@ def refused(
     act: Act, field: str, says: str = "", removed: Mapping[str, str] | None = None,
     end: type[BaseException] = Accepted, seconds: float = 5,
 ) -> Variant:  # fmt: skip
-    """The API raises LlamaError for this field, in one line, within seconds of the processor and with little memory."""
+    """The API raises a one-line LlamaError for this field, within `seconds` of CPU time and with little memory."""
 
     def variant(world: World) -> None:
         tracemalloc.start()
@@ -174,7 +173,7 @@ def refused(
             if error.field != field or not re.fullmatch(r"[^\n]+: [^\n]+: got [^\n]*, expected [^\n]+", message):
                 raise Unlike(message) from error
             assert message.startswith(f"{error.file}: {field}: got ") and re.search(says, message), message
-            assert spent < seconds and peak < 2**26, f"took {spent:.1f} s of the processor, {peak >> 20} MiB"
+            assert spent < seconds and peak < 2**26, f"took {spent:.1f} s of CPU time and {peak >> 20} MiB"
         else:
             raise Accepted
         finally:
@@ -187,7 +186,7 @@ def ends(
     act: Callable[[World], Done], status: int, field: str, says: str = "", removed: Mapping[str, str] | None = None,
     end: type[BaseException] = Accepted,
 ) -> Variant:  # fmt: skip
-    """The command line ends with this status, and one line on stderr that names the field."""
+    """The command line ends with this exit status, and one line on stderr that names the field."""
 
     def variant(world: World) -> None:
         done = act(world)
@@ -204,7 +203,7 @@ def ends(
 
 
 def values(name: str, field: str, *wrong: Any, end: type[BaseException] = Accepted) -> dict[str, Variant]:
-    """Each of the values for an argument of `generate` is refused, as that field."""
+    """Each of these values for an argument of `generate` is refused, for that field."""
     return {
         f"{name}={value!r:.40}": refused(lambda w, value=value: w.generate(**{name: value}), field, end=end)
         for value in wrong
@@ -212,7 +211,7 @@ def values(name: str, field: str, *wrong: Any, end: type[BaseException] = Accept
 
 
 def samplings(name: str, *wrong: Any, end: type[BaseException] = Accepted) -> dict[str, Variant]:
-    """Each of the values for a field of Sampling is refused."""
+    """Each of these values for a field of Sampling is refused."""
     return {
         f"{name}={value!r}": refused(
             lambda w, value=value: w.generate(sampling=Sampling(**{name: value})), name, end=end
@@ -229,9 +228,9 @@ USAGE = {"lovely_llama_tools.commands:Arguments.error": "argparse.ArgumentParser
 def flags(
     name: str, kind: Callable[[str], object], *texts: str, end: type[BaseException] = Accepted
 ) -> dict[str, Variant]:  # fmt: skip
-    """Each of the texts for an option of the command line is refused: where it is read, or for its value.
+    """Each of these texts for an option of the command line is refused: when parsed, or for its value.
 
-    What Python itself takes for a number must not get past both; of the rest argparse complains at length.
+    Texts that Python itself parses as numbers must not pass both; for others, argparse alone would print its usage.
     """
 
     def variant(text: str) -> Variant:
@@ -241,7 +240,7 @@ def flags(
         value = name.replace("-", "_")
         plain = re.fullmatch(r"-?\d{1,18}" if kind is int else r"-?\d+\.?\d*(e\d+)?", text, re.ASCII)
         try:
-            kind(text if re.match(r"[^-]|-\d", text) else "")  # to argparse -inf is an option
+            kind(text if re.match(r"[^-]|-\d", text) else "")  # argparse takes -inf for an option
         except ValueError:
             return ends(act, 2, "lovely-llama generate", removed=USAGE, end=SystemExit)
         return ends(act, 2, value if plain else "lovely-llama generate", removed=LENIENT | unchecked(value), end=end)

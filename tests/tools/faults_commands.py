@@ -1,4 +1,4 @@
-"""Cases G: the command line and what surrounds it."""
+"""Cases G: the command line, its streams, signals and files."""
 
 import os
 import re
@@ -39,7 +39,7 @@ PROGRAM, COMMAND = "lovely-llama", "lovely-llama generate"
 
 
 def told(field: str, *arguments: object, removed: Mapping[str, str] | None = None, **more: Any) -> Variant:
-    """Arguments, with the tiny model, are refused for this field."""
+    """These arguments, with the tiny model, are refused for this field."""
     return ends(lambda world: world.main(*arguments, "--model", world.talker), 2, field, removed=removed, **more)
 
 
@@ -48,7 +48,7 @@ READ_PLAINLY = {"lovely_llama_tools.commands:lines": "lambda: iter(input, '')"}
 
 
 def no_text(field: str, *arguments: object, end: type[BaseException] = Unlike) -> Variant:
-    """Where no text is checked, it comes to a UnicodeEncodeError."""
+    """If no text is checked, a UnicodeEncodeError follows."""
     return told(field, *arguments, removed=NO_TEXT_CHECKED, end=end)
 
 
@@ -57,7 +57,7 @@ def no_path(world: World) -> Done:
 
 
 def typed(line: bytes) -> Callable[[World], Done]:
-    """What is typed and is not UTF-8 is refused."""
+    """Chat with this line on stdin."""
     return lambda world: world.main("chat", "--model", world.talker, "--max-new", 2, stdin=line)
 
 
@@ -66,7 +66,7 @@ def escaped(world: World) -> Any:
 
 
 def megabyte(command: str, field: str, text: str, end: type[BaseException] = Accepted) -> Variant:
-    """Longer than any context here."""
+    """A prompt longer than any context here is refused."""
     long = (text * 2**20)[: 2**20]
     return ends(lambda world: world.main(command, long, "--model", world.endless), 2, field, "8192", end=end)
 
@@ -94,7 +94,7 @@ def finish(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
 
 
 def had_enough(world: World) -> None:
-    """As under `| head -c 5`: the reader goes away."""
+    """As with `| head -c 5`: the reader closes the pipe."""
     process = world.start("generate", "abc", "--model", world.endless)
     assert process.stdout
     assert process.stdout.read(5)
@@ -111,7 +111,7 @@ def full_disk(world: World) -> None:
 
 
 def no_stdout(world: World) -> None:
-    """As under `>&-`: there is no stdout at all."""
+    """As with `>&-`: stdout is closed from the start."""
     arguments = ("generate", "abc", "--model", world.talker, "--max-new", 3)
     status, err = finish(world.start(*arguments, before="/bin/sh -c 'exec \"$@\" >&-' sh"))
     assert status == 0
@@ -134,8 +134,8 @@ def speaks(world: World) -> None:
 
 # ---- G3: Ctrl-C ------------------------------------------------------------------------------------------------------
 
-# The process is kept at one thing, once it has left a mark: loading over and over, and in C code that does not return,
-# as for a while the compiler does not, here in a lock that is taken twice.
+# The process creates a file, and then stays busy: it loads over and over, or is in C code that does not return, as
+# during compilation; here, in a mutex that is locked twice.
 LOADING = "lambda path: any((original(path), __import__('pathlib').Path({mark!r}).touch())[1] for _ in iter(int, 1))"
 IN_C = (
     "lambda *_, **__: (c := __import__('ctypes'), lock := c.CDLL(None).pthread_mutex_lock, "
@@ -145,8 +145,8 @@ PYTHONS_OWN = {"lovely_llama_tools.__main__:end_on_interrupt": "lambda: None"}
 
 
 def interrupt(process: "subprocess.Popen[bytes]") -> None:
-    """Ctrl-C: the status is 130, and the terminal on a new line."""
-    assert process.poll() is None, "it ended by itself"
+    """Ctrl-C: the exit status is 130, and the terminal is on a new line."""
+    assert process.poll() is None, "it ended before the interrupt"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (130, b"\n")
@@ -160,7 +160,7 @@ def generating(world: World) -> None:
 
 
 def busy(place: str, work: str) -> Act:
-    """Ctrl-C while the process does one thing for ever."""
+    """Ctrl-C while the process is busy for ever."""
 
     def variant(world: World) -> None:
         mark = world.folder / "begun"
@@ -181,7 +181,7 @@ BLOCKING = {"lovely_llama_tools.formats:open_file": "lambda path: open(path, 'rb
 UNCAUGHT = {
     "lovely_llama_tools.formats:open_file": "lambda path: __import__('lovely_llama_tools.formats').formats.open(path)"
 }
-# Files that are mapped, and arrays that are not copied.
+# Memory-mapped files, and arrays that are not copied.
 MAPPED = {
     "lovely_llama_tools.formats.gguf:np": "type('Mapped', (), {'__getattr__': lambda _, name: (lambda file, kind, n: "
     "original.memmap(file.name, kind, 'r', file.tell(), (n,))) if name == 'fromfile' else getattr(original, name)})()",
@@ -191,7 +191,7 @@ MAPPED = {
 
 
 def place(make: Callable[[Path], object], end: type[BaseException] = OSError, name: str = "model.gguf") -> Variant:
-    """What stands at a path and is no regular file is refused at once, by the API and by the command line."""
+    """A path that is not a regular file is refused at once, by the API and by the command line."""
 
     def variant(world: World) -> None:
         path = world.folder / name
@@ -205,7 +205,7 @@ def place(make: Callable[[Path], object], end: type[BaseException] = OSError, na
 
 
 def no_permission(world: World) -> None:
-    """Root may read everything, and so the system's answer is played."""
+    """Root may read everything, so the system's error is simulated."""
 
     def denied(path: Path, *mode: str) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
@@ -250,7 +250,7 @@ print(text(model) == want)
 
 
 def changed_later(change: str) -> Variant:
-    """A file that is overwritten or cut after it was read changes nothing. In a process, as a fault may end it."""
+    """Overwriting or truncating a loaded file changes nothing. In its own process, since a bus error would kill it."""
 
     def act(world: World) -> None:
         process = world.python(CHANGED, write_talker(world.folder / "mine.gguf"), change)
@@ -268,7 +268,7 @@ def loads(world: World) -> None:
 
 
 def complains(*arguments: object, field: str = COMMAND) -> Variant:
-    """What argparse would say at the length of its usage is one line."""
+    """The error is one line, where argparse alone would print its usage."""
     return told(field, *arguments, removed=USAGE, end=SystemExit)
 
 
@@ -285,11 +285,11 @@ STRICT = {"lovely_llama_tools.__main__:run": "lambda: [s.reconfigure() for s in 
 
 CASES: dict[str, Case] = {
     "G1": Case(
-        "C", "arguments that are no text, or a megabyte",
+        "C", "arguments that are not UTF-8, or a megabyte long",
         {
             "prompt": no_text("prompt", "generate", "caf\udce9"),
             "question": no_text("prompt", "chat", "caf\udce9"),
-            "half a pair": no_text("prompt", "generate", "\ud83d"),
+            "a lone surrogate": no_text("prompt", "generate", "\ud83d"),
             "system": no_text("system", "chat", "abc", "--system", "\udce9"),
             "stop": no_text("stop", "generate", "abc", "--stop", "\udce9", end=Accepted),
             "model": ends(no_path, 2, "path", removed=BLOCKING, end=Unlike),
@@ -322,7 +322,7 @@ CASES: dict[str, Case] = {
         speaks,
     ),
     "G4": Case(
-        "C", "a path to what is no file",
+        "C", "paths that are not regular files",
         {
             "a folder": place(Path.mkdir),
             "nothing": place(lambda path: None),
@@ -344,23 +344,23 @@ CASES: dict[str, Case] = {
     ),
     "G5": Case(
         "C", "a file that is changed once it is loaded",
-        {"overwritten": changed_later("overwritten"), "cut": changed_later("cut")},
+        {"overwritten": changed_later("overwritten"), "truncated": changed_later("cut")},
         loads,
     ),
     "G6": Case(
-        "M", "options that there are not, and numbers that are none",
+        "M", "unknown options and invalid numbers",
         {
             "an unknown option": complains("generate", "abc", "--warmth", "2", field=PROGRAM),
-            "an unknown short one": complains("generate", "abc", "-t", "2", field=PROGRAM),
-            "a part of an option": complains("generate", "abc", "--temp", "0", field=PROGRAM),
+            "an unknown short option": complains("generate", "abc", "-t", "2", field=PROGRAM),
+            "an abbreviated option": complains("generate", "abc", "--temp", "0", field=PROGRAM),
             "an unknown command": complains("shout", "abc", field=PROGRAM),
             "no command": ends(lambda w: w.main(), 2, PROGRAM, removed=USAGE, end=SystemExit),
             "no prompt": ends(lambda w: w.main("generate"), 2, COMMAND, removed=USAGE, end=SystemExit),
             "two prompts": complains("generate", "abc", "def", field=PROGRAM),
-            "no value": complains("generate", "abc", "--seed"),
+            "an option without a value": complains("generate", "abc", "--seed"),
             "an empty stop": told("stop", "generate", "abc", "--stop", ""),
-            "a system, and nobody to tell": complains("generate", "abc", "--system", "be kind", field=PROGRAM),
-            "a line in an option": complains("generate", "abc", "--a\nb", field=PROGRAM),
+            "a system message outside a chat": complains("generate", "abc", "--system", "be kind", field=PROGRAM),
+            "a newline in an option": complains("generate", "abc", "--a\nb", field=PROGRAM),
             **flags("min-p", float, *WORDS), **flags("repetition-penalty", float, *WORDS),
             **flags("repetition-penalty", float, "nan", end=Unlike),
         },

@@ -1,6 +1,6 @@
-"""Take guards out of a program: another value for a name, wherever that name has been imported.
+"""Remove guards from a program: give a name another value, wherever it has been imported.
 
-Apart from the standard library it needs nothing, so that a process under test can begin with it.
+It needs only the standard library, so a process under test can import it first.
 """
 
 import importlib
@@ -17,9 +17,9 @@ def modules() -> list[ModuleType]:
 
 
 def remove(guards: Mapping[str, str], set: Callable[[object, str, object], object] = setattr) -> None:
-    """Put values, written as expressions, in the place of "module:name" or "module:class.name".
+    """Replace "module:name" or "module:class.name" with the values of expressions.
 
-    An expression may use the names of that module, and `original` for what it replaces.
+    An expression may use the names of that module, and `original` for the value it replaces.
     """
     for place, code in guards.items():
         module_name, _, path = place.partition(":")
@@ -28,7 +28,7 @@ def remove(guards: Mapping[str, str], set: Callable[[object, str, object], objec
         owner: Any = module
         for part in owners:
             owner = getattr(owner, part)
-        original = getattr(owner, name, None)  # None where it is a builtin
+        original = getattr(owner, name, None)  # None for a builtin
         value = eval(code, {**vars(module), "original": original})
         set(owner, name, value)
         for other in modules() if original is not None and not owners else ():

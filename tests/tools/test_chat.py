@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.mark.parametrize(
     "template", [CHATML, "{%- for m in messages %}\n  {{- m.role }}: {{ m.content | trim }}\n{% endfor %}"]
 )
-def test_a_prompt_is_what_transformers_renders(model: Model, template: str) -> None:
+def test_a_prompt_is_rendered_as_by_transformers(model: Model, template: str) -> None:
     tokenizer = model.tokenizer._replace(template=template)
     conversation: Any = [MESSAGES]
     (want,), _ = render_jinja_template(conversation, chat_template=template, add_generation_prompt=True)
@@ -44,7 +44,7 @@ def test_a_template_may_refuse_a_conversation(model: Model) -> None:
     assert (caught.value.file, caught.value.field) == ("model", "chat_template")
 
 
-def test_a_model_without_a_template_holds_no_conversation(model: Model) -> None:
+def test_a_model_without_a_template_cannot_chat(model: Model) -> None:
     with pytest.raises(LlamaError, match="generate") as caught:
         chat_prompt(model.tokenizer._replace(template=None), MESSAGES)
     assert caught.value.field == "chat_template"

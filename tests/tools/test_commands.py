@@ -1,4 +1,4 @@
-"""The command line: programs that are started, piped into, typed at and interrupted."""
+"""The command line as a process: through pipes, on a terminal, and interrupted."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from lovely_llama_tools.tokens import Tokenizer
 
 PROGRAM = Path(sys.executable).with_name("lovely-llama")
 SPEEDS = r"prompt \d+ tokens, [\d.]+/s; new (\d+), [\d.]+/s; (ended|cut at --max-new|cut where the context ends)"
-PATIENCE = 60  # seconds: a machine may be busy
+PATIENCE = 60  # seconds: the machine may be busy
 
 
 class Done(NamedTuple):
@@ -37,7 +37,7 @@ def call(*arguments: object, say: str = "") -> Done:
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that says letters, for long."""
+    """A tiny model that generates letters, with a long context."""
     return write_talker(tmp_path_factory.mktemp("talker") / "talker.gguf", ctx=8192)
 
 
@@ -56,7 +56,7 @@ def test_the_sky_is_blue_by_rayleigh_scattering(sky: Done) -> None:
     assert "<|" not in sky.out
 
 
-def test_what_it_cost_is_on_stderr(sky: Done) -> None:
+def test_statistics_go_to_stderr(sky: Done) -> None:
     (line,) = sky.err.splitlines()
     match = re.fullmatch(SPEEDS, line)
     assert match, line
@@ -65,7 +65,7 @@ def test_what_it_cost_is_on_stderr(sky: Done) -> None:
 
 
 def test_a_conversation_remembers() -> None:
-    """Through a pipe: a question a line, empty lines left out, to the end; then there are no prompts in the output."""
+    """Through a pipe: one question per line, empty lines ignored, and no prompts in the output."""
     done = call(
         "chat", "--temperature", 0, "--max-new", 20, "--system", "Be kind.",
         say="My name is Zebulon.\n\nWhat is my name?",
@@ -80,7 +80,7 @@ def test_a_conversation_remembers() -> None:
     assert "Zebulon" in done.out[len(done.out) // 2 :]
 
 
-# ---- Options: with a tiny model --------------------------------------------------------------------------------------
+# ---- Options, with a tiny model --------------------------------------------------------------------------------------
 
 
 def say(talker: Path, *options: object) -> Done:
@@ -95,7 +95,7 @@ def seeded(talker: Path) -> Done:
 
 
 def test_a_second_start_compiles_nothing(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is compiled is stored, so what the second start does not store it has not compiled."""
+    """Every compiled program is stored, so if the second start stores nothing, it has compiled nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     stored = list[set[str]]()
     for _ in range(2):
@@ -106,14 +106,14 @@ def test_a_second_start_compiles_nothing(talker: Path, tmp_path: Path, monkeypat
     assert second == first
 
 
-def test_a_seed_is_a_text(talker: Path, seeded: Done) -> None:
+def test_a_seed_determines_the_text(talker: Path, seeded: Done) -> None:
     assert len(seeded.out.strip()) == 40
     assert say(talker, "--seed", 7).out == seeded.out
     texts = {seeded.out, say(talker, "--seed", 8).out, say(talker).out}
     assert len(texts) == 3
 
 
-def test_stop_ends_before_its_text(talker: Path, seeded: Done) -> None:
+def test_output_ends_before_a_stop_text(talker: Path, seeded: Done) -> None:
     stop = seeded.out[12:15]
     done = say(talker, "--seed", 7, "--stop", "nowhere", "--stop", stop)
     assert done.out == seeded.out[: seeded.out.index(stop)] + "\n"
@@ -133,7 +133,7 @@ class Said(NamedTuple):
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Said:
-    """What the command line asks the model for, copied when it asks."""
+    """Records what the command line asks of the model, copied at each call."""
     said, prompt, generate = Said([], []), commands.chat_prompt, commands.generate
 
     def noted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -149,8 +149,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Said:
     return said
 
 
-def test_text_comes_as_it_is_made(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the next part is asked for, those before it have been written and flushed."""
+def test_text_is_streamed(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the time the next part is requested, those before it have been written and flushed."""
     (arrived, written), parts, following = os.pipe(), list[str](), Generation.__next__
 
     def watched(generation: Generation) -> str:
@@ -167,7 +167,7 @@ def test_text_comes_as_it_is_made(talker: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(parts) == 9
 
 
-def test_a_conversation_is_passed_on_whole(
+def test_the_whole_conversation_is_passed_on(
     talker: Path, said: Said, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     typed = tmp_path / "typed"
@@ -217,12 +217,12 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         helps.append(capsys.readouterr().out)
     for option in options:
         assert f"--{option} " in helps[0]
-        assert (f"--{option} " in helps[1]) == (option != "system"), option  # a text to continue has no system
+        assert (f"--{option} " in helps[1]) == (option != "system"), option  # `generate` has no system message
     assert all(word in helps[2] for word in ("chat", "generate", "--debug"))
 
 
-def test_an_error_is_a_line_and_a_status(tmp_path: Path) -> None:
-    """All of them are in test_faults_*.py; these are two as a process."""
+def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
+    """Two examples, as processes; the others are in faults_*.py."""
     for arguments, says in (
         (("chat", "hello", "--model", tmp_path / "none.gguf"), f"error: {tmp_path}/none.gguf: path: got "),
         (("chat", "hello", "--warmth", "2"), "error: arguments: "),
@@ -239,7 +239,7 @@ CONTROL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);
 
 
 class Terminal:
-    """A program on a terminal of its own, and all that it shows there: for as long as a `with` lasts."""
+    """A program on a terminal of its own, and all its output there, as a context manager."""
 
     def __init__(self, *arguments: object, stdout: int | None = None) -> None:
         self.screen, child = os.openpty()
@@ -260,7 +260,7 @@ class Terminal:
         os.close(self.screen)
 
     def read(self, seconds: float) -> bool:
-        """Take in what is shown next; False if that was all."""
+        """Read the next piece of output; False at its end."""
         if not select.select([self.screen], [], [], seconds)[0]:
             raise TimeoutError(f"nothing more after {self.shown!r}")
         try:
@@ -271,7 +271,7 @@ class Terminal:
         return bool(piece)
 
     def wait_for(self, text: str) -> None:
-        """Until a text is shown, after the one waited for before."""
+        """Wait for a text in the output after the text last waited for."""
         while text not in self.shown[self.waited :]:
             assert self.read(PATIENCE), f"no {text!r} in {self.shown!r}"
         self.waited = self.shown.index(text, self.waited) + len(text)
@@ -280,23 +280,23 @@ class Terminal:
         os.write(self.screen, keys.encode())
 
     def end(self) -> int:
-        """The status, with the terminal left as it was."""
+        """The exit status; the terminal must be back in its original mode."""
         while self.read(PATIENCE):
             pass
         status = self.process.wait(PATIENCE)
         echoes = termios.tcgetattr(self.screen)[3]
-        assert echoes & termios.ECHO, "the terminal was left without an echo"
+        assert echoes & termios.ECHO, "the terminal was left with its echo off"
         assert echoes & termios.ICANON
         return status
 
 
-def test_a_terminal_asks_edits_and_leaves(talker: Path) -> None:
+def test_line_editing_and_end_of_file_on_a_terminal(talker: Path) -> None:
     with Terminal("chat", "--model", talker, "--max-new", "3") as terminal:
         terminal.wait_for("> ")
         terminal.type("thx\x7fe\r")
         terminal.wait_for("prompt ")
         terminal.wait_for("> ")
-        terminal.type("\x1b[A")  # up: the line before, as it was edited
+        terminal.type("\x1b[A")  # up: the previous line, as edited
         terminal.wait_for("the")
         terminal.type("\r")
         terminal.wait_for("prompt ")
@@ -318,7 +318,7 @@ def test_interrupt_at_the_prompt(talker: Path) -> None:
     assert "Traceback" not in terminal.shown
 
 
-def test_interrupt_while_it_talks(talker: Path) -> None:
+def test_interrupt_while_generating(talker: Path) -> None:
     with Terminal("chat", "the", "--model", talker) as terminal:
         while not re.search("[a-h]{20}", terminal.shown):
             assert terminal.read(PATIENCE)
@@ -328,7 +328,7 @@ def test_interrupt_while_it_talks(talker: Path) -> None:
     assert "Traceback" not in terminal.shown
 
 
-def test_a_prompt_is_for_the_terminal_not_for_the_output(talker: Path) -> None:
+def test_the_prompt_goes_to_the_terminal_not_to_stdout(talker: Path) -> None:
     output, write = os.pipe()
     with open(output) as file, Terminal("chat", "--model", talker, "--max-new", "3", stdout=write) as terminal:
         os.close(write)

@@ -37,7 +37,7 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 @pytest.fixture(autouse=True)
 def as_users_have_it() -> Generator[None]:
-    """No types are checked: what that would refuse must be refused without."""
+    """Turn off type checks: bad input must be refused without them."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -50,7 +50,7 @@ def world(
 ) -> Generator[World]:  # fmt: skip
     if name := request.node.callspec.params.get("case"):
         case = CASES[name]
-        record_property("fault", (name, case.severity, len(case.variants)))  # for the score
+        record_property("fault", (name, case.severity, len(case.variants)))  # for the summary in conftest.py
     world = World(tmp_path, monkeypatch, *talkers)
     yield world
     world.end()
@@ -71,7 +71,7 @@ def at_most(seconds: float) -> Generator[None]:
 
 
 def forget_programs() -> None:
-    """What was compiled with a guard, or without, is not run again."""
+    """Clear compiled programs, so that none outlives the removal or the return of a guard."""
     programs = importlib.import_module("lovely_llama_tools.generate")
     for compiled in (choose, programs.read_tokens, programs.read_layer, programs.read_out):
         compiled.clear_cache()
@@ -79,7 +79,7 @@ def forget_programs() -> None:
 
 @contextlib.contextmanager
 def without(world: World, guard: Guard) -> Generator[None]:
-    assert world.model  # loaded with everything in place
+    assert world.model  # loaded before the guard is removed
     with world.patch.context() as patch:
         world.patch, world.removed = patch, guard.removed
         if guard.compiled:
@@ -92,25 +92,25 @@ def without(world: World, guard: Guard) -> Generator[None]:
 
 @pytest.mark.parametrize(("case", "name"), VARIANTS)
 def test_variant(world: World, case: str, name: str) -> None:
-    """It ends as the contract says."""
+    """It ends as the contract requires."""
     with at_most(PATIENCE):
         CASES[case].variants[name].act(world)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_twin(world: World, case: str) -> None:
-    """With nothing wrong in it, it works."""
+    """The valid counterpart of the case works."""
     CASES[case].twin(world)
 
 
 @pytest.mark.parametrize(("case", "name"), VARIANTS)
-def test_without_its_guard_it_does_not_hold(world: World, case: str, name: str) -> None:
-    """It ends in the way that is stated for it: not just anyhow."""
+def test_variant_without_its_guard(world: World, case: str, name: str) -> None:
+    """It fails in exactly the way stated for it."""
     act, guard = CASES[case].variants[name]
     seconds = 5 if guard.end is TooLong else PATIENCE
     with pytest.raises(BaseException) as caught, without(world, guard), at_most(seconds):
         act(world)
-    plainly_wrong = (AssertionError, Accepted, Unlike)  # each in its own right, though all are AssertionErrors
+    plainly_wrong = (AssertionError, Accepted, Unlike)  # told apart, though all are AssertionErrors
     stated = caught.type is guard.end if guard.end in plainly_wrong else issubclass(caught.type, guard.end)
     assert stated, f"without {', '.join(guard.removed)} it ended in {caught.value!r}, not {guard.end}"
 
@@ -118,7 +118,7 @@ def test_without_its_guard_it_does_not_hold(world: World, case: str, name: str) 
 @pytest.mark.parametrize(
     "fault", [RuntimeError("a\nb"), MemoryError(), TypeError("no"), jax.errors.JaxRuntimeError("x")]
 )
-def test_a_fault_that_nobody_thought_of_is_one_line(world: World, fault: Exception) -> None:
+def test_an_unexpected_exception_is_one_line(world: World, fault: Exception) -> None:
     def fail(path: Path) -> Any:
         raise fault
 

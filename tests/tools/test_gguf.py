@@ -1,4 +1,4 @@
-"""GGUF: what is read is what was written, bit for bit; what is no GGUF of a Llama is refused by field."""
+"""GGUF: files are read bit for bit as they were written; invalid files are refused, with the field named."""
 
 import math
 import struct
@@ -18,11 +18,11 @@ from lovely_llama import CONFIGS, Params, RopeScaling, count
 from lovely_llama_tools.files import default_model, load
 from lovely_llama_tools.formats import Model
 
-# ---- What is read ----------------------------------------------------------------------------------------------------
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def leaves(params: Params) -> dict[str, Any]:
-    """Parameters under their names in a GGUF, written out once more."""
+    """Parameters under their names in a GGUF, spelt out independently of the loader."""
     named = {"token_embd": params.embed, "output_norm": params.norm}
     for i, block in enumerate(layers_of(params)):
         named |= {
@@ -54,7 +54,7 @@ def test_a_gguf_is_read_as_it_was_written(tmp_path: Path, tied: bool) -> None:
     assert model.tokenizer.decode(model.tokenizer.encode("the théâtre\n", False)) == "the théâtre\n"
 
 
-def test_a_quantised_gguf_is_read_as_gguf_reads_it(tmp_path: Path) -> None:
+def test_a_quantised_gguf_is_read_as_by_the_gguf_package(tmp_path: Path) -> None:
     arrays = tiny_arrays()
     quantised = [name for name, array in arrays.items() if array.shape[-1] % 32 == 0]
     assert len(quantised) > 10
@@ -76,19 +76,19 @@ def test_a_quantised_gguf_is_read_as_gguf_reads_it(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_scaling_in_a_gguf_is_read(tmp_path: Path, scaling: dict[str, Any], want: RopeScaling | None) -> None:
+def test_a_rope_scaling_is_read(tmp_path: Path, scaling: dict[str, Any], want: RopeScaling | None) -> None:
     fields = tiny_fields() | {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
     assert load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays())).config.rope_scaling == want
 
 
-# ---- What is refused -------------------------------------------------------------------------------------------------
+# ---- Refusals --------------------------------------------------------------------------------------------------------
 
 Change = Callable[[File], File]
 EMBED, DOWN, KV_HEADS = "token_embd.weight", "blk.1.ffn_down.weight", "llama.attention.head_count_kv"
 
 
 def field(name: str | bytes, value: Any) -> Change:
-    """Another value, or a field besides."""
+    """Change a field, or add one."""
     return lambda f: f._replace(fields=(*(pair for pair in f.fields if pair[0] != name), (name, value)))
 
 
@@ -105,14 +105,14 @@ def tensor(which: str, **parts: Any) -> Change:
 
 
 def shifted(by: int) -> Change:
-    """All tensors `by` bytes on, in the header as in the data."""
+    """Move all tensors by this many bytes, in the header and in the data."""
     return lambda f: f._replace(
         tensors=tuple(t._replace(offset=t.offset + by) for t in f.tensors), data=bytes(by) + f.data
     )
 
 
 def number(array: str, value: float) -> Change:
-    """Another first number in a tensor."""
+    """Change the first number of a tensor."""
 
     def change(f: File) -> File:
         at = next(t.offset for t in f.tensors if t.name == array)
@@ -122,7 +122,7 @@ def number(array: str, value: float) -> Change:
 
 
 def item(name: str, i: int, value: Any) -> Change:
-    """Another item in an array."""
+    """Change an item of an array."""
 
     def change(f: File) -> File:
         items = list(dict(f.fields)[name])
@@ -147,15 +147,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     **{f"{n} fields": (part(counts=(1, n)), "counts") for n in LENGTHS},
     **{f"string of {n}": (field("x", struct.pack("<IQ", 8, n)), "size") for n in LENGTHS},
     **{f"array of {n} {k}": (field("x", array_header(k, n)), "x") for n in LENGTHS for k in (0, 4, 7, 8, 12)},
-    "array of more strings than are there": (field("x", array_header(8, 500)), "size"),
+    "array of more strings than the file holds": (field("x", array_header(8, 500)), "size"),
     "arrays, 5000 deep": (field("x", struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), "x"),
     "array of arrays": (field("x", array_header(9, 1) + struct.pack("<IQ", 4, 0)), "x"),
     "array of 2^62 empty arrays": (field("x", array_header(9, 2**62)), "x"),
     **{f"field of type {n}": (field("x", struct.pack("<IQ", n, 0)), "x") for n in (13, 99, 2**31)},
     "key not UTF-8": (field(b"\xff\xfe", 1), "string"),
     "value not UTF-8": (field("x", struct.pack("<I", 8) + text(b"\xff")), "string"),
-    "key twice": (lambda f: f._replace(fields=(*f.fields, f.fields[3])), "llama.embedding_length"),
-    "tensor twice": (lambda f: f._replace(tensors=(*f.tensors, f.tensors[2])), "blk.0.attn_q.weight"),
+    "duplicate key": (lambda f: f._replace(fields=(*f.fields, f.fields[3])), "llama.embedding_length"),
+    "duplicate tensor": (lambda f: f._replace(tensors=(*f.tensors, f.tensors[2])), "blk.0.attn_q.weight"),
     **{f"alignment {n}": (field("general.alignment", n), "general.alignment") for n in (0, 1, 3, 2**31, 32.0, "32")},
     "alignment in an array": (field("general.alignment", [32]), "general.alignment"),
     "no axes": (tensor(DOWN, shape=()), DOWN),
@@ -165,15 +165,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a product beyond 64 bits": (tensor(DOWN, shape=(2**32, 2**32)), DOWN),
     "a long vocabulary": (tensor(EMBED, shape=(32, 2**40)), "vocab"),
     **{f"tensor of type {n}": (tensor(DOWN, kind=n), DOWN) for n in (4, 5, 99, 2**32 - 1)},
-    "whole numbers for weights": (tensor(DOWN, kind=26), DOWN),
-    "rows that are no multiple of a block": (tensor(DOWN, kind=8), DOWN),
+    "integer weights": (tensor(DOWN, kind=26), DOWN),
+    "rows that are not a multiple of a block": (tensor(DOWN, kind=8), DOWN),
     **{f"offset {n}": (tensor(DOWN, offset=n), DOWN) for n in (2**64 - 32, 2**63, 2**40, 10**6)},
-    **{f"all moved by {n}": (shifted(n), EMBED) for n in (1, 4, 16)},
-    "two in one place": (tensor(DOWN, offset=0), "tensors"),
-    "one reaching into the next": (lambda f: tensor(DOWN, offset=f.tensors[3].offset - 32)(f), "tensors"),
+    **{f"all tensors moved by {n}": (shifted(n), EMBED) for n in (1, 4, 16)},
+    "two tensors at one offset": (tensor(DOWN, offset=0), "tensors"),
+    "overlapping tensors": (lambda f: tensor(DOWN, offset=f.tensors[3].offset - 32)(f), "tensors"),
     "a tensor missing": (lambda f: f._replace(tensors=f.tensors[:-1]), "tensors"),
     "no embedding": (tensor(EMBED, name="embd.weight"), EMBED),
-    "a tensor besides": (tensor("output_norm.weight", name="blk.0.attn_q.bias"), "tensors"),
+    "an unexpected tensor": (tensor("output_norm.weight", name="blk.0.attn_q.bias"), "tensors"),
     "NaN": (number(DOWN, math.nan), DOWN),
     "infinity": (number(EMBED, -math.inf), EMBED),
     **{f"no {name}": (no_field(name), name) for name in tiny_fields() if name not in (
@@ -188,54 +188,54 @@ REFUSED: dict[str, tuple[Change, str]] = {
         for name in ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv")
         for value in (2.0, "2", True, [2, 2])
     },
-    "eps as a whole number": (field(EPS, 1), EPS),
+    "eps as an integer": (field(EPS, 1), EPS),
     **{f"eps {x}": (field(EPS, x), "eps") for x in (0.0, -1.0, math.nan, math.inf)},
     **{f"theta {x}": (field("llama.rope.freq_base", x), "theta") for x in (0.0, -1.0, math.nan, math.inf)},
     **{f"{n} layers": (field("llama.block_count", n), "layers") for n in (0, 2**32 - 1)},
     **{f"{n} layers": (field("llama.block_count", n), "tensors") for n in (1, 3)},
-    "as many layers as there are tensors, and more": (field("llama.block_count", 21), "llama.block_count"),
+    "more layers than tensors": (field("llama.block_count", 21), "llama.block_count"),
     **{f"{n} heads": (field("llama.attention.head_count", n), "llama.attention.head_count") for n in (0, 5, 64)},
     **{f"{n} heads": (field("llama.attention.head_count", n), "llama.rope.dimension_count") for n in (2, 32)},
     **{f"{n} key/value heads": (field(KV_HEADS, n), KV_HEADS) for n in (0, 3, 8)},
     **{f"{n} key/value heads": (field(KV_HEADS, n), "blk.0.attn_k.weight") for n in (1, 4)},
-    "a part of a head turned": (field("llama.rope.dimension_count", 4), "llama.rope.dimension_count"),
+    "a rotation of part of a head": (field("llama.rope.dimension_count", 4), "llama.rope.dimension_count"),
     "an unknown scaling": (field("llama.rope.scaling.type", "longrope"), "rope_scaling.rope_type"),
     "another vocabulary": (field("llama.vocab_size", TINY.vocab + 1), "llama.vocab_size"),
-    # What is not known may mean something else than what is computed: refused by name, not passed over.
+    # Unknown fields could change what has to be computed: they are refused by name, not ignored.
     **{f"an unknown {name}": (field(f"llama.{name}", value), f"llama.{name}") for name, value in {
         "rope.scale_linear": 4.0, "rope.scaling.attn_factor": 2.0, "rope.scaling.yarn_beta_fast": 8.0,
         "attention.sliding_window": 16, "attention.value_length": 4, "logit_scale": 2.0, "expert_count": 8,
     }.items()},
     "no context": (field("llama.context_length", 0), "ctx"),
     "another tokenizer": (field(f"{WORD}model", "llama"), f"{WORD}model"),
-    "another cut": (field(f"{WORD}pre", "llama-bpe"), f"{WORD}pre"),
+    "another pre-tokenizer": (field(f"{WORD}pre", "llama-bpe"), f"{WORD}pre"),
     "too few pieces": (field(f"{WORD}tokens", TOKENS[:-1]), f"{WORD}tokens"),
-    "a piece twice": (item(f"{WORD}tokens", 9, TOKENS[8]), f"{WORD}tokens"),
-    "pieces that are numbers": (field(f"{WORD}tokens", list(range(TINY.vocab))), f"{WORD}tokens"),
-    "pieces that are one text": (field(f"{WORD}tokens", "a" * TINY.vocab), f"{WORD}tokens"),
-    "a piece of letters that are no bytes": (item(f"{WORD}tokens", 9, "日"), f"{WORD}tokens"),
-    "too few kinds": (field(f"{WORD}token_type", [1] * 9), f"{WORD}token_type"),
-    "an unknown kind": (item(f"{WORD}token_type", 9, 77), f"{WORD}token_type"),
-    "kinds that are texts": (field(f"{WORD}token_type", ["1"] * TINY.vocab), f"{WORD}token_type"),
-    "merges that are numbers": (field(f"{WORD}merges", [1, 2]), f"{WORD}merges"),
-    "a merge of one": (item(f"{WORD}merges", 0, "Ġt"), f"{WORD}merges"),
-    "a merge of three": (item(f"{WORD}merges", 0, "Ġ t h"), f"{WORD}merges"),
-    "a merge of what is no piece": (item(f"{WORD}merges", 0, "日 本"), f"{WORD}merges"),
-    "a merge into what is no piece": (item(f"{WORD}merges", 0, "a b"), f"{WORD}merges"),
+    "a duplicate piece": (item(f"{WORD}tokens", 9, TOKENS[8]), f"{WORD}tokens"),
+    "pieces as numbers": (field(f"{WORD}tokens", list(range(TINY.vocab))), f"{WORD}tokens"),
+    "pieces as one string": (field(f"{WORD}tokens", "a" * TINY.vocab), f"{WORD}tokens"),
+    "a piece of letters that stand for no bytes": (item(f"{WORD}tokens", 9, "日"), f"{WORD}tokens"),
+    "too few token types": (field(f"{WORD}token_type", [1] * 9), f"{WORD}token_type"),
+    "an unknown token type": (item(f"{WORD}token_type", 9, 77), f"{WORD}token_type"),
+    "token types as strings": (field(f"{WORD}token_type", ["1"] * TINY.vocab), f"{WORD}token_type"),
+    "merges as numbers": (field(f"{WORD}merges", [1, 2]), f"{WORD}merges"),
+    "a merge of one piece": (item(f"{WORD}merges", 0, "Ġt"), f"{WORD}merges"),
+    "a merge of three pieces": (item(f"{WORD}merges", 0, "Ġ t h"), f"{WORD}merges"),
+    "a merge of unknown pieces": (item(f"{WORD}merges", 0, "日 本"), f"{WORD}merges"),
+    "a merge into an unknown piece": (item(f"{WORD}merges", 0, "a b"), f"{WORD}merges"),
     "bos out of range": (field(f"{WORD}bos_token_id", TINY.vocab), f"{WORD}bos_token_id"),
     "eos out of range": (field(f"{WORD}eos_token_id", 2**32 - 1), f"{WORD}eos_token_id"),
-    "eos that is a text": (field(f"{WORD}eos_token_id", "2"), f"{WORD}eos_token_id"),
-    "a bos to add, and none": (
+    "eos as a string": (field(f"{WORD}eos_token_id", "2"), f"{WORD}eos_token_id"),
+    "add_bos without a bos": (
         lambda f: no_field(f"{WORD}bos_token_id")(field(f"{WORD}add_bos_token", True)(f)),
         f"{WORD}bos_token_id",
     ),
-    "add_bos that is a number": (field(f"{WORD}add_bos_token", 1), f"{WORD}add_bos_token"),
-    "a template that is a number": (field("tokenizer.chat_template", 5), "tokenizer.chat_template"),
-    "a template that is none": (field("tokenizer.chat_template", "{% for %}"), "tokenizer.chat_template"),
+    "add_bos as a number": (field(f"{WORD}add_bos_token", 1), f"{WORD}add_bos_token"),
+    "a template as a number": (field("tokenizer.chat_template", 5), "tokenizer.chat_template"),
+    "an invalid template": (field("tokenizer.chat_template", "{% for %}"), "tokenizer.chat_template"),
 }  # fmt: skip
 
 
-def test_the_file_made_by_hand_is_read(tmp_path: Path) -> None:
+def test_a_handmade_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     want = load(write_gguf(path, tiny_fields(), tiny_arrays()))
     for change in (part(), part(version=2), field("x", 5), field("x", ["a", "b"]), shifted(32), no_field("x")):
@@ -246,13 +246,13 @@ def test_the_file_made_by_hand_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_gguf_is_refused(tmp_path: Path, name: str) -> None:
+def test_invalid_ggufs_are_refused(tmp_path: Path, name: str) -> None:
     change, field = REFUSED[name]
     assert_refused(tmp_path / "a.gguf", change(tiny_file()).pack(), field)
 
 
-def test_a_gguf_cut_short_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
-    """In the fixed part of the header, before as much as its counts need, in its lists, and in the data."""
+def test_a_truncated_gguf_is_refused(tmp_path: Path) -> None:
+    """Cut in the fixed part of the header, below the minimum size for its counts, in its lists, and in the data."""
     file, path = tiny_file(), tmp_path / "a.gguf"
     data, least = file.pack(), 32 * len(file.tensors) + 13 * len(file.fields)
     head = len(data) - len(file.data)
@@ -263,7 +263,7 @@ def test_a_gguf_cut_short_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
         assert_refused(path, data[:cut], next(name for name, end in ends.items() if end > cut))
 
 
-def test_a_quantised_block_with_no_scale_is_refused(tmp_path: Path) -> None:
+def test_a_quantised_block_with_a_nan_scale_is_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", tiny_fields(), tiny_arrays(), [EMBED])
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == EMBED)
     data = bytearray(path.read_bytes())
@@ -278,7 +278,7 @@ def test_quantised_gains_are_read(tmp_path: Path) -> None:
     assert not np.asarray(load(tmp_path / "a.gguf").params.norm).any()
 
 
-# ---- A real one ------------------------------------------------------------------------------------------------------
+# ---- A real file -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -286,14 +286,14 @@ def smollm2() -> Model:
     return load(default_model())
 
 
-def test_smollm2_is_the_published_one(smollm2: Model) -> None:
+def test_smollm2_has_the_published_config(smollm2: Model) -> None:
     assert smollm2.config == CONFIGS["smollm2-135m"]
     assert sum(leaf.size for leaf in jax.tree.leaves(smollm2.params)) == count(smollm2.config) == 134_515_008
     assert {leaf.dtype.name for leaf in jax.tree.leaves(smollm2.params)} == {"float32"}
     assert smollm2.tokenizer.stops == {smollm2.tokenizer.specials[name] for name in ("<|im_end|>", "<|endoftext|>")}
 
 
-def test_smollm2_has_the_weights_that_gguf_reads(smollm2: Model) -> None:
+def test_smollm2_has_the_weights_of_the_gguf_package(smollm2: Model) -> None:
     names = [
         EMBED,
         "blk.0.attn_norm.weight",

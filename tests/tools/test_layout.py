@@ -1,4 +1,4 @@
-"""Names and layouts of other formats: what is a reshape, what is a permutation, and what is refused."""
+"""Names and layouts of other formats: reshapes, permutations and refusals."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def test_from_and_to_are_inverse(name: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_from_is_linear(name: str) -> None:
-    """So that it maps gradients as it maps parameters."""
+    """So gradients can be converted the same way as parameters."""
     read, _, layout = CONVERSIONS[name]
     a, b = (random_arrays(layout, SMALL, seed) for seed in (1, 2))
     both = {tensor: 2 * a[tensor] - b[tensor] for tensor in a}
@@ -45,8 +45,8 @@ def test_from_is_linear(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
-def test_arrays_changed_afterwards_change_nothing(name: str) -> None:
-    """Memory of numpy that is aligned to 64 bytes jax would otherwise use in place."""
+def test_parameters_do_not_alias_the_arrays(name: str) -> None:
+    """Otherwise jax would alias numpy memory that is aligned to 64 bytes."""
     read, _, layout = CONVERSIONS[name]
     arrays: Arrays = {}
     for tensor, array in random_arrays(layout, SMALL, 1).items():
@@ -74,7 +74,7 @@ def test_llama2c_is_a_reshape() -> None:
 
 
 def test_hugging_face_splits_pairs_into_halves() -> None:
-    """Row i of a head's first half is row 2i here, and row i of its second half 2i + 1: for key/value heads, too."""
+    """Row i of a head's first half is row 2i here, and row i of its second half is row 2i + 1, in queries and keys."""
     arrays, half = random_arrays(HUGGING_FACE, SMALL, 1), SMALL.head_dim // 2
     block = layers_of(from_hf(arrays, SMALL))[1]
     q = arrays["model.layers.1.self_attn.q_proj.weight"].reshape(-1, SMALL.head_dim, SMALL.dim)
@@ -101,7 +101,7 @@ def test_hugging_face_splits_pairs_into_halves() -> None:
         ({"x": (2, 3), "b": (4,)}, "tensors", r"1 missing \(a\)"),
     ],
 )
-def test_tensors_are_all_of_them_and_no_others(found: dict[str, tuple[int, ...]], field: str, says: str) -> None:
+def test_wrong_sets_of_tensors_are_refused(found: dict[str, tuple[int, ...]], field: str, says: str) -> None:
     want = {"a": (2, 3), "b": (4,)}
     check_tensors(want, dict(want), "a file")
     with pytest.raises(LlamaError, match=f"^a file: .*{says}") as caught:
@@ -132,7 +132,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 4096}
         ),
     ],
 )
-def test_scalings_are_understood(key: str, kind: str, fields: dict[str, Any], want: RopeScaling | None) -> None:
+def test_known_scalings_are_read(key: str, kind: str, fields: dict[str, Any], want: RopeScaling | None) -> None:
     assert rope_scaling({key: kind} | fields, "config.json") == want
 
 
@@ -167,7 +167,7 @@ def without(field: str) -> dict[str, Any]:
         *((without(name), f"rope_scaling.{name}", "None") for name in LLAMA3),
     ],
 )  # fmt: skip
-def test_scalings_that_are_not_understood_are_refused_by_name(fields: dict[str, Any], field: str, says: str) -> None:
+def test_invalid_scalings_are_refused_by_name(fields: dict[str, Any], field: str, says: str) -> None:
     with pytest.raises(LlamaError, match=rf"^config.json: {field}: got .*{says}") as caught:
         rope_scaling(fields, "config.json")
     assert caught.value.field == field

@@ -1,4 +1,4 @@
-"""llama2.c's checkpoints: upstream's files give its logits; what is no such file is refused by field."""
+"""llama2.c's checkpoints: upstream's files reproduce its logits; invalid files are refused, with the field named."""
 
 import math
 import shutil
@@ -17,7 +17,7 @@ from lovely_llama_tools.files import load
 
 @pytest.fixture(scope="module")
 def llama2c(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints that upstream's export.py wrote, and a tokenizer that fits them."""
+    """A folder with the checkpoints that upstream's export.py wrote, and a matching tokenizer."""
     folder = tmp_path_factory.mktemp("llama2c")
     for name in ("tied", "untied"):
         for version in range(3):
@@ -30,14 +30,14 @@ def llama2c(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_llama2c_file_gives_the_recorded_logits(llama2c: Path, name: str) -> None:
     model, recorded = load(llama2c / f"{name}.v0.bin"), read_recording(f"{name}.bin")[0]
     assert model.config == Config(80, 64, 2, 4, 2, 8, 128, 32, 1e-5, 1e4, None, name == "tied")
-    assert model.tokenizer.pieces[44:] == [b""] * 36  # ids that the tokenizer has no piece for
+    assert model.tokenizer.pieces[44:] == [b""] * 36  # ids without a piece in the tokenizer
     assert all(model.tokenizer.pieces[3:44])
     tokens, want = jnp.array(recorded["tokens"][0], jnp.int32), recorded["logits"][0]
     assert_close(logits(model.params, tokens, model.config), want, 1e-5, "logits")
 
 
 def header(**fields: int) -> Callable[[bytes], bytes]:
-    """A change of the header's fields; the rest stays as it is."""
+    """Change fields of the header and nothing else."""
     names = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 
     def change(data: bytes) -> bytes:
@@ -78,7 +78,7 @@ def put(offset: int, value: float) -> Callable[[bytes], bytes]:
         (put(28 + 4 * 80 * 64, math.inf), "layers.0.attention_norm.weight"),
     ],
 )
-def test_what_is_no_llama2c_file_is_refused(
+def test_invalid_llama2c_files_are_refused(
     llama2c: Path, tmp_path: Path, change: Callable[[bytes], bytes], field: str
 ) -> None:
     shutil.copy(llama2c / "tokenizer.model", tmp_path)
@@ -86,17 +86,17 @@ def test_what_is_no_llama2c_file_is_refused(
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_llama2c_versions_that_cannot_be_read_are_named(llama2c: Path, version: int) -> None:
+def test_unsupported_llama2c_versions_are_named(llama2c: Path, version: int) -> None:
     with pytest.raises(LlamaError, match=r"llama2\.c version 1 or 2"):
         load(llama2c / f"tied.v{version}.bin")
 
 
-def test_a_vocab_of_the_wrong_sign_is_said(llama2c: Path, tmp_path: Path) -> None:
+def test_a_vocab_size_of_the_wrong_sign_is_reported(llama2c: Path, tmp_path: Path) -> None:
     data = header(vocab_size=80)((llama2c / "untied.v0.bin").read_bytes())
     assert "sign" in assert_refused(tmp_path / "model.bin", data, "size")
 
 
-def test_a_tokenizer_must_be_there_and_fit(llama2c: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_must_exist_and_match(llama2c: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(llama2c / "tied.v0.bin", tmp_path))
     beside = tmp_path / "tokenizer.model"
     for contents in (None, b"", b"<html>", b"\x08\x01" * 50):

@@ -19,8 +19,8 @@ def printed(code: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_importing_it_loads_nothing() -> None:
-    """Not even the library; and each of its names loads no more than it needs."""
+def test_importing_the_package_loads_nothing() -> None:
+    """Not even the library; and importing all its names loads no optional package."""
     loaded = "print(*[n for n in sys.modules if n.partition('.')[0] in ('jax', 'numpy', 'lovely_llama_tools')])"
     assert printed(f"import sys, lovely_llama_tools; {loaded}") == ["lovely_llama_tools"]
     others = "('gguf', 'tokenizers', 'jinja2', 'sentencepiece', 'lovely_llama_tools.commands')"
@@ -35,7 +35,7 @@ def test_generate_is_the_function_whatever_was_imported_before(before: str) -> N
     assert printed(code) == ["function", "True"]
 
 
-def test_its_names_are_those_that_type_checkers_see() -> None:
+def test_names_match_those_for_type_checkers() -> None:
     (checked,) = [node for node in ast.parse(FILE.read_text()).body if isinstance(node, ast.If)]
     imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.name: node.module for node in imports for alias in node.names}
@@ -46,7 +46,7 @@ def test_its_names_are_those_that_type_checkers_see() -> None:
         lovely_llama_tools.generat  # noqa: B018  # pyright: ignore
 
 
-def test_a_missing_package_names_the_extra() -> None:
+def test_a_missing_package_is_reported_with_its_extra() -> None:
     assert extra("json", "chat").loads("1") == 1
     with pytest.raises(
         LlamaError, match=r"^environment: nowhere: got no such package, .*lovely-llama\[chat\]"

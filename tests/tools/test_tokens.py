@@ -25,8 +25,8 @@ from lovely_llama_tools.tokens import Tokenizer, sentencepiece_tokenizer
 
 LLAMA2 = Path(__file__).parents[3] / "shared/data/llama2-tokenizer.model"
 
-# What llama.cpp v0.5.0 (the npm packages node-llama-cpp and @node-llama-cpp/linux-x64, 3.22.1) makes of texts with the
-# vocabulary in SmolLM2's GGUF: its own code for pre-tokenizer "smollm", names of special tokens being text like any.
+# Tokens from llama.cpp v0.5.0 (npm packages node-llama-cpp and @node-llama-cpp/linux-x64, 3.22.1) for the vocabulary in
+# SmolLM2's GGUF, by its own pre-tokenizer "smollm"; the names of special tokens are treated as plain text.
 GOLDEN: dict[str, list[int]] = {
     "Hello, world!": [19556, 28, 905, 17],
     "Why is the sky blue?": [4898, 314, 260, 6376, 4461, 47],
@@ -87,12 +87,12 @@ quick = settings(deadline=None, max_examples=300, derandomize=True, database=Non
 
 @cache
 def fields() -> dict[str, Any]:
-    """What SmolLM2's GGUF says of itself."""
+    """The metadata fields of SmolLM2's GGUF."""
     with open(default_model(), "rb") as file:
         return scan_gguf(file, default_model())[0]
 
 
-# Tokenizers are functions of nothing here, as hypothesis prints arguments.
+# Tests take functions that return a tokenizer, since hypothesis prints a test's arguments.
 @cache
 def bpe() -> Tokenizer:
     return gguf_tokenizer(fields(), len(fields()["tokenizer.ggml.tokens"]), default_model())
@@ -120,7 +120,7 @@ def sentencepiece() -> SentencePieceProcessor:
 
 both = pytest.mark.parametrize("get", [bpe, llama2], ids=["bpe", "llama2"])
 
-# Any characters; and what tokenizers stumble over, in any order.
+# Any characters, and fragments that tokenizers tend to get wrong, in any order.
 FRAGMENTS = (
     "a", "the", " the", "The", "s", "'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "0", "12", "½", "٣",
     "é", "e\u0301", "日本", "Привет", "😀", "🇫🇷", "<s>", "</s>", "<unk>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "_",
@@ -130,7 +130,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(FRAGMENTS)).map("".join)
 
 @cache
 def alphabet(get: Callable[[], Tokenizer]) -> set[int]:
-    """The bytes there are tokens for: SmolLM2's vocabulary lacks 21, among them 4 and the first of planes 4 to 11."""
+    """The bytes that have tokens: SmolLM2's vocabulary lacks 21, among them 4 and the lead bytes of planes 4 to 11."""
     return {piece[0] for piece in get().pieces if len(piece) == 1}
 
 
@@ -138,16 +138,16 @@ def alphabet(get: Callable[[], Tokenizer]) -> set[int]:
 
 
 @pytest.mark.parametrize("text", GOLDEN)
-def test_bpe_is_llama_cpps(text: str) -> None:
+def test_bpe_matches_llama_cpp(text: str) -> None:
     assert bpe().encode(text, False) == GOLDEN[text]
     assert bpe().encode(text, True) == SPECIAL.get(text, GOLDEN[text])
 
 
 @given(text=TEXTS)
 @quick
-def test_bpe_is_transformers(text: str) -> None:
-    """What its GPT-2 makes of each numeral by itself, and of what lies between them."""
-    assume("<|endoftext|>" not in text)  # which is special there
+def test_bpe_matches_transformers(text: str) -> None:
+    """The tokens of its GPT-2 for each numeral by itself, and for the text between numerals."""
+    assume("<|endoftext|>" not in text)  # a special token there
     assume(alphabet(bpe).issuperset(text.encode()))
     numerals = groupby(enumerate(text), lambda at: at[0] if unicodedata.category(at[1])[0] == "N" else -1)
     parts = ["".join(character for _, character in part) for _, part in numerals]
@@ -155,7 +155,7 @@ def test_bpe_is_transformers(text: str) -> None:
 
 
 def test_special_tokens() -> None:
-    """The name of one means it only where that is asked for; in a text it then is nothing."""
+    """The name of a special token stands for it only on request; decoded, the token adds nothing to the text."""
     tokenizer = bpe()
     assert tokenizer.stops == {tokenizer.specials["<|im_end|>"], tokenizer.specials["<|endoftext|>"]}
     for name, token in tokenizer.specials.items():
@@ -166,8 +166,8 @@ def test_special_tokens() -> None:
 
 @pytest.mark.parametrize("text", ["a\x04b", "a\U00050000b"])
 @pytest.mark.parametrize("special", [False, True])
-def test_what_cannot_be_spelt_is_refused(text: str, special: bool) -> None:
-    """llama.cpp and transformers leave such bytes out and say nothing."""
+def test_bytes_outside_the_vocabulary_are_refused(text: str, special: bool) -> None:
+    """llama.cpp and transformers drop such bytes silently."""
     assert not alphabet(bpe).issuperset(text.encode())
     with pytest.raises(LlamaError):
         bpe().encode(text, special)
@@ -178,7 +178,7 @@ def test_what_cannot_be_spelt_is_refused(text: str, special: bool) -> None:
 
 @given(text=TEXTS)
 @quick
-def test_llama2_is_sentencepiece(text: str) -> None:
+def test_llama2_matches_sentencepiece(text: str) -> None:
     tokenizer, reference = llama2(), sentencepiece()
     tokens = reference.encode(text)
     assert tokenizer.encode(text, False) == tokenizer.encode(text, True) == tokens
@@ -187,7 +187,7 @@ def test_llama2_is_sentencepiece(text: str) -> None:
 
 
 def test_llama2_pieces() -> None:
-    """What each piece adds to a text that is there already."""
+    """What each piece adds to a text that has already begun."""
     tokenizer, reference = llama2(), sentencepiece()
     assert tokenizer.stops == {reference.eos_id()} and tokenizer.bos == reference.bos_id()
     assert len(tokenizer.pieces) == reference.get_piece_size()
@@ -204,14 +204,14 @@ def test_llama2_pieces() -> None:
 @given(text=TEXTS)
 @quick
 def test_round_trip(get: Callable[[], Tokenizer], text: str) -> None:
-    assume("▁" not in text)  # which is how SentencePiece writes a space
+    assume("▁" not in text)  # SentencePiece's symbol for a space
     assume(alphabet(get).issuperset(text.encode()))
     assert get().decode(get().encode(text, False)) == text
 
 
 @both
 def test_begin(get: Callable[[], Tokenizer]) -> None:
-    """One BOS where the model was trained with it, or where nothing else is; never two."""
+    """One BOS if the model was trained with it or the text is empty; never two."""
     tokenizer, text = get(), "<s>Once upon a time"
     assert tokenizer.begin("") == [tokenizer.bos]
     assert tokenizer.begin(text) == [tokenizer.bos] * tokenizer.adds_bos + tokenizer.encode(text, False)
@@ -219,13 +219,13 @@ def test_begin(get: Callable[[], Tokenizer]) -> None:
 
 
 @both
-def test_half_a_surrogate_pair_is_refused(get: Callable[[], Tokenizer]) -> None:
+def test_lone_surrogates_are_refused(get: Callable[[], Tokenizer]) -> None:
     with pytest.raises(LlamaError):
         get().encode("a\ud800b", False)
 
 
 class Parrot(Session):
-    """A session whose model says what it was told to say."""
+    """A session whose model produces given tokens."""
 
     def __init__(self, tokenizer: Tokenizer, says: Sequence[int]) -> None:
         vocab = len(tokenizer.pieces)
@@ -239,13 +239,13 @@ class Parrot(Session):
 
 
 @both
-@pytest.mark.parametrize("prompt", ["", "Say after me:"], ids=["from nothing", "after a prompt"])
+@pytest.mark.parametrize("prompt", ["", "Say after me:"], ids=["empty prompt", "prompt"])
 @given(text=TEXTS, length=st.integers(0, 30), data=st.data())
 @settings(quick, max_examples=60)
-def test_stream_is_what_decode_says(
+def test_stream_matches_decode(
     get: Callable[[], Tokenizer], prompt: str, text: str, length: int, data: st.DataObject
 ) -> None:
-    """Text as it comes, put together, is that of all tokens: those of a text cut short, and any others behind."""
+    """The streamed parts make up the decoded text, for the tokens of a truncated text followed by arbitrary ones."""
     tokenizer = get()
     others = data.draw(st.lists(st.integers(0, len(tokenizer.pieces) - 1), max_size=20))
     spelt = text if alphabet(get).issuperset(text.encode()) else ""

@@ -1,5 +1,5 @@
-# What lovely_llama.py and its tests use of jax 0.10, typed more closely than jax itself does: functions that go through
-# vmap, jit, checkpoint or grad keep their parameters, and nothing is unknown. What is not listed here is an error.
+# The part of jax 0.10 that lovely_llama.py and its tests use, typed more precisely than in jax itself: functions keep
+# their parameters through vmap, jit, checkpoint and grad, and no type is unknown. Names not listed here are errors.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -133,9 +133,9 @@ class ShapeDtypeStruct:
     @property
     def size(self) -> int: ...
 
-# ---- functions of functions ----
+# ---- transformations ----
 
-# They return what they are given. A lambda's parameters have no types but those named beside F, as many as there are.
+# These return the type they are given. A lambda's parameters are typed by the alternative to F with as many.
 def vmap[F: Callable[..., Any]](
     fun: F | Callable[[Array], Any] | Callable[[Array, Array], Any],
     in_axes: Any = 0,
@@ -152,7 +152,7 @@ def checkpoint[F: Callable[..., Any]](
     static_argnums: int | tuple[int, ...] = (),
 ) -> F: ...
 
-# What is compiled takes numpy's arrays for jax's, but here only where its own signature does.
+# Compiled functions also accept numpy arrays, but here only if their own signatures do.
 def jit[**A, R](
     fun: Callable[A, R],
     /,
@@ -168,7 +168,7 @@ def jit[**A, R](
     compiler_options: dict[str, Any] | None = None,
 ) -> Wrapped[A, R]: ...
 
-# The derivative by the first argument is shaped as that argument is.
+# The gradient with respect to the first argument has the type of that argument.
 @overload
 def grad[X, **A](fun: Callable[Concatenate[X, A], Array]) -> Callable[Concatenate[X, A], X]: ...
 @overload
@@ -192,7 +192,7 @@ def value_and_grad[**A](
 def vjp[R](fun: Callable[..., R], *primals: Any) -> tuple[R, Callable[[R], tuple[Any, ...]]]: ...
 def jvp[R](fun: Callable[..., R], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[R, R]: ...
 
-# A tree keeps its type, and has a ShapeDtypeStruct where it says Array.
+# A tree keeps its type, though its Arrays become ShapeDtypeStructs.
 @overload
 def eval_shape(fun: Callable[..., Array], *args: Any, **kwargs: Any) -> ShapeDtypeStruct: ...
 @overload

@@ -1,4 +1,4 @@
-# jax.distributed: several processes as one.
+# jax.distributed: computation over several processes.
 
 from collections.abc import Sequence
 

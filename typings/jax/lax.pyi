@@ -1,4 +1,4 @@
-# jax.lax: loops, slices whose place is computed, and what jax.numpy has not. A name that is not here is an error.
+# jax.lax: loops, dynamic slices, and functions that jax.numpy lacks. Names not listed here are errors.
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-# ---- loops: what goes from turn to turn keeps its type, and a slice of xs has that of xs ----
+# ---- loops: the carry keeps its type, and a slice of xs has the type of xs ----
 
 def scan[C, X, Y](
     f: Callable[[C, X], tuple[C, Y]],
@@ -38,7 +38,7 @@ def dynamic_update_slice_in_dim(
     operand: Array | np.ndarray, update: ArrayLike, start_index: ArrayLike, axis: int
 ) -> Array: ...
 
-# ---- element by element ----
+# ---- elementwise functions ----
 
 def bitcast_convert_type(operand: ArrayLike, new_dtype: DTypeLike) -> Array: ...
 def erf(x: ArrayLike) -> Array: ...

@@ -1,4 +1,4 @@
-# jax.monitoring: what jax reports of itself, such as each compilation.
+# jax.monitoring: events that jax reports, such as compilations.
 
 from collections.abc import Callable
 

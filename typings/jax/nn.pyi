@@ -1,4 +1,4 @@
-# jax.nn: what is used of it, and its neighbours.
+# jax.nn: the functions that are used, and similar ones.
 
 from collections.abc import Sequence
 

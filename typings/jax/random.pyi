@@ -1,4 +1,4 @@
-# jax.random: keys, and what is drawn with them.
+# jax.random: keys, and sampling with them.
 
 from collections.abc import Sequence
 

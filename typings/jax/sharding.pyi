@@ -1,4 +1,4 @@
-# jax.sharding: several devices as one mesh, and how an array lies on it.
+# jax.sharding: meshes of devices, and how arrays are placed on them.
 
 import enum
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class NamedSharding(Sharding):
 class SingleDeviceSharding(Sharding):
     def __init__(self, device: Device) -> None: ...
 
-class set_mesh:  # sets it at once, and as a context manager until the end of the context
+class set_mesh:  # takes effect at once; as a context manager, until the end of the context
     def __init__(self, mesh: Mesh | None) -> None: ...
     def __enter__(self) -> Any: ...
     def __exit__(self, *error: object) -> None: ...

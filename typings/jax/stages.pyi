@@ -1,4 +1,4 @@
-# jax.stages: a compiled function, called as the one it was made of, and its steps on the way there.
+# jax.stages: a jitted function, with the signature of the original, and its stages of compilation.
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ class Wrapped[**P, R]:
     @property
     def __wrapped__(self) -> Callable[P, R]: ...
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
-    def lower(self, *args: Any, **kwargs: Any) -> Lowered: ...  # ShapeDtypeStructs do
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered: ...  # also takes ShapeDtypeStructs
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any: ...
     def clear_cache(self) -> None: ...
 

@@ -1,4 +1,4 @@
-# jax.test_util: derivatives held against differences.
+# jax.test_util: derivatives checked against finite differences.
 
 from collections.abc import Callable, Sequence
 from typing import Any

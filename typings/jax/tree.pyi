@@ -6,7 +6,7 @@ from typing import Any, overload
 from jax import Array
 from jax.tree_util import KeyPath, PyTreeDef
 
-# Arrays in the place of arrays leave a tree's type as it was. What else may become of it is not said.
+# If arrays are mapped to arrays, a tree keeps its type. Any other result is untyped.
 @overload
 def map[T](f: Callable[[Array], Array], tree: T, *, is_leaf: Callable[[Any], bool] | None = None) -> T: ...
 @overload

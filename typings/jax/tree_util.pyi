@@ -1,4 +1,4 @@
-# jax.tree_util: what a tree is but for its leaves, and the way to a leaf.
+# jax.tree_util: the structure of a tree without its leaves, and the path to a leaf.
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-# jax.typing: what may stand for an array, and for the type of its elements.
+# jax.typing: what is accepted as an array, and as a dtype.
 
 from typing import Any, Protocol
 
