@@ -18,7 +18,7 @@ Llama: Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Llama 3: Dubey et a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -27,16 +27,18 @@ import jax
 import numpy as np
 from jax import lax, vmap
 from jax import numpy as jnp
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
+__version__ = "0.1.0"
 __all__ = [
-    "CONFIGS", "Attention", "Block", "Cache", "Caches", "Config", "FeedForward", "LlamaError", "Params", "RopeScaling",
-    "Sampling", "attend", "attention", "block", "check_cache", "check_causality", "check_config", "check_heads",
-    "check_rotation", "check_rows", "check_tokens", "choose", "count", "embed_tokens", "empty_cache", "fold_layers",
-    "greedy", "hidden_states", "init", "llama", "logits", "loss", "min_p", "readout", "repetition_penalty", "rms_norm",
-    "rope", "rope_angles", "rope_frequencies", "shapes", "silu", "softmax", "specs", "stack", "swiglu", "temperature",
-    "top_k", "top_p",
+    "CONFIGS", "SAMPLERS", "Attention", "Block", "Cache", "Caches", "Config", "FeedForward", "LlamaError", "Params",
+    "RopeScaling", "Sampler", "Sampling", "attend", "attention", "block", "categorical", "check_cache",
+    "check_causality", "check_config", "check_heads", "check_params", "check_rotation", "check_rows", "check_tensors",
+    "check_tokens", "choose", "count", "embed_tokens", "empty_cache", "fold_layers", "greedy", "hidden_states", "init",
+    "llama", "logits", "loss", "min_p", "readout", "repetition_penalty", "rms_norm", "rope", "rope_angles",
+    "rope_frequencies", "shapes", "silu", "softmax", "specs", "stack", "swiglu", "temperature", "top_k", "top_p",
 ]  # fmt: skip
 
 # ---- 1. Errors and checks --------------------------------------------------------------------------------------------
@@ -46,8 +48,12 @@ class LlamaError(ValueError):
     """Bad input. Its one line reads `file: field: got …, expected …`."""
 
     def __init__(self, file: object, field: str, got: object, expected: object) -> None:
-        super().__init__(f"{file}: {field}: got {got}, expected {expected}")
-        self.file, self.field = str(file), field
+        self.file, self.field, self.got, self.expected = str(file), field, str(got), str(expected)
+        line = f"{file}: {field}: got {got}, expected {expected}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LlamaError, (self.file, self.field, self.got, self.expected)
 
 
 def check(field: str, got: object, ok: bool, expected: object, file: object = "arguments") -> None:
@@ -56,23 +62,46 @@ def check(field: str, got: object, ok: bool, expected: object, file: object = "a
         raise LlamaError(file, field, got, expected)
 
 
+def is_whole(n: object) -> bool:
+    """Whether n is an integer, of Python or of numpy."""
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)
+
+
+def is_number(x: object) -> bool:
+    """Whether x is a finite number, of Python or of numpy."""
+    return is_whole(x) or (isinstance(x, float | np.floating) and bool(np.isfinite(cast(Any, x))))
+
+
+SIZES = ("vocab", "dim", "layers", "kv_heads", "q_per_kv", "head_dim", "hidden_dim", "ctx")
+
+
 def check_config(config: Any, file: object = "config") -> None:
-    """Refuse a `Config` that describes no Llama, before its sizes are used."""
+    """Refuse a `Config` that describes no Llama."""
     must, scaling = partial(check, file=file), config.rope_scaling
-    for field in ("vocab", "dim", "layers", "kv_heads", "q_per_kv", "head_dim", "hidden_dim", "ctx"):
+    for field in SIZES:
         size = getattr(config, field)
-        must(field, size, type(size) is int and 1 <= size < 2**31, "a whole number from 1 to 2147483647")
+        must(field, repr(size), is_whole(size) and 1 <= size < 2**31, "a whole number from 1 to 2147483647")
     must("head_dim", config.head_dim, config.head_dim % 2 == 0, "an even number")
-    must("eps", config.eps, 0 < config.eps < math.inf, "a finite number above 0")
-    must("theta", config.theta, 1 < config.theta < math.inf, "a finite number above 1")
-    if scaling:
+    must("eps", config.eps, is_number(config.eps) and config.eps > 0, "a finite number above 0")
+    must("theta", config.theta, is_number(config.theta) and config.theta > 1, "a finite number above 1")
+    if scaling is not None:
         must("rope_scaling", scaling.kind, scaling.kind in ("linear", "llama3", "yarn"), "linear, llama3 or yarn")
-        must("rope_scaling.factor", scaling.factor, 1 <= scaling.factor < math.inf, "a finite number of at least 1")
-    if scaling and scaling.kind != "linear":
-        must("rope_scaling.original_ctx", scaling.original_ctx, scaling.original_ctx > 0, "a whole number above 0")
-        must("rope_scaling", (scaling.low, scaling.high), 0 < scaling.low < scaling.high, "0 < low < high")
-        factor = scaling.attention_factor
-        must("rope_scaling.attention_factor", factor, 0 < factor < math.inf, "a finite number above 0")
+        factor = scaling.factor
+        must("rope_scaling.factor", factor, is_number(factor) and factor >= 1, "a finite number of at least 1")
+    if scaling is not None and scaling.kind != "linear":
+        ctx, low, high, factor = scaling.original_ctx, scaling.low, scaling.high, scaling.attention_factor
+        must("rope_scaling.original_ctx", ctx, is_whole(ctx) and ctx > 0, "a whole number above 0")
+        must("rope_scaling", (low, high), is_number(low) and is_number(high) and 0 < low < high, "0 < low < high")
+        must("rope_scaling.attention_factor", factor, is_number(factor) and factor > 0, "a finite number above 0")
+
+
+def check_tensors(expected: Mapping[str, Any], found: Mapping[str, Any], file: object) -> None:
+    """Refuse shapes, by name, other than those expected: a missing one, an unexpected one, or a different one."""
+    missing, extra = [n for n in expected if n not in found], [n for n in found if n not in expected]
+    check("tensors", f"{len(missing)} missing ({', '.join(missing[:3])})", not missing, len(expected), file)
+    check("tensors", f"{len(extra)} unexpected ({', '.join(extra[:3])})", not extra, len(expected), file)
+    for name, shape in expected.items():
+        check(name, tuple(found[name]), tuple(found[name]) == tuple(shape), tuple(shape), file)
 
 
 def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments") -> Int[np.ndarray, " seq"]:
@@ -90,6 +119,11 @@ def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments"
     wrong = ids[(ids < 0) | (ids >= vocab)]
     must(wrong[:1], not wrong.size, f"ids from 0 to {vocab - 1}")
     return ids.astype(np.int32)
+
+
+def is_traced(*arrays: object) -> bool:
+    """Whether values are unknown yet, as inside `jit` and `vmap`, where nothing can be refused for its value."""
+    return any(isinstance(array, Tracer) for array in arrays)
 
 
 # ---- 2. Nouns: the configuration, the parameters, the cache ----------------------------------------------------------
@@ -110,7 +144,7 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """All hyperparameters. Frozen and hashable, hence a valid static argument of `jit`; none has a default."""
+    """All hyperparameters, checked when it is made. Hashable, hence a valid static argument of `jit`; no defaults."""
 
     vocab: int
     dim: int
@@ -124,6 +158,11 @@ class Config:
     theta: float
     rope_scaling: RopeScaling | None
     tied: bool
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        for field in SIZES:  # which numpy's integers could overflow
+            object.__setattr__(self, field, int(getattr(self, field)))
 
 
 _BY8, _BY32 = (RopeScaling("llama3", factor, 8192, low=1.0, high=4.0) for factor in (8.0, 32.0))
@@ -234,6 +273,15 @@ def empty_cache(config: Config, ctx: int, dtype: Any) -> tuple[Cache, ...]:
 def stack(layers: tuple[Any, ...]) -> Any:
     """The blocks in a tuple, or their caches, as one with a leading axis of layers."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def check_params(params: Params, config: Config, file: object = "params") -> None:
+    """Refuse parameters other than those of the config: a missing one, an unexpected one, or another shape."""
+    whole = shapes(config)
+    whole = whole._replace(blocks=jax.eval_shape(stack, whole.blocks)) if isinstance(params.blocks, Block) else whole
+    named = (dict(jax.tree.leaves_with_path(tree)) for tree in (whole, params))
+    wanted, found = ({jax.tree_util.keystr(path): leaf.shape for path, leaf in tree.items()} for tree in named)
+    check_tensors(wanted, found, file)
 
 
 # ---- 3. Functions of one vector --------------------------------------------------------------------------------------
@@ -447,16 +495,21 @@ def llama(
 ) -> tuple[Float[Array, "seq vocab"], Caches]:
     """The model: the logits after each of the tokens at positions start, start + 1, …, and the cache with them added.
 
-    With a Python int for `start` the result is differentiable; with an array it is not, and reads only what is filled.
-    The caller ensures ids below vocab and room for start + seq positions: nothing in here can raise.
+    With a static `start` the result is differentiable; with an array, such as `jit` makes of an argument, it is not,
+    and reads only what is filled. Under `jit` ids must be below vocab and the cache have room: nothing there can raise.
     """
+    if not is_traced(tokens, start):
+        check_params(params, config)
+        tokens = jnp.asarray(check_tokens(tokens, config.vocab, config.ctx - int(start)))
+        room, end = jax.tree.leaves(cache)[0].shape[-2], len(tokens) + int(start)
+        check("cache", f"{room} positions", end <= room, f"at least {end}")
     x, cache = hidden_states(params, tokens, cache, start, config)
     return vmap(lambda x: readout(params, x, config))(x), cache
 
 
 def logits(params: Params, tokens: Int[Array, " seq"], config: Config) -> Float[Array, "seq vocab"]:
     """`llama` from position 0, without the cache."""
-    caches = empty_cache(config, len(tokens), params.embed.dtype)
+    caches = empty_cache(config, np.size(tokens), params.embed.dtype)
     cache = vmap(lambda _: caches[0])(params.blocks.attn_norm) if isinstance(params.blocks, Block) else caches
     return llama(params, tokens, cache, 0, config)[0]
 
@@ -497,6 +550,14 @@ def loss(
     def row(tokens: Int[Array, " seq"]) -> Float[Array, "seq vocab"]:
         return logits(params, tokens, config)
 
+    if not is_traced(tokens, targets):
+        tokens, targets = cast(Any, np.asarray(tokens)), cast(Any, np.asarray(targets))
+        check("targets", targets.shape, targets.shape == tokens.shape, f"{tokens.shape}, as tokens")
+        check(
+            "tokens", tokens.shape, tokens.ndim > 0 and 0 < tokens.shape[-1] <= config.ctx, f"rows of 1 to {config.ctx}"
+        )
+        for ids, what in ((tokens, "arguments"), (np.maximum(targets, 0), "targets")):
+            check_tokens(ids.ravel(), config.vocab, ids.size, what)
     scores = wide(vmap(row)(tokens.reshape(-1, tokens.shape[-1]))).reshape(-1, config.vocab)
     target, counts = targets.reshape(-1, 1), targets.reshape(-1) >= 0
     chosen = jnp.take_along_axis(scores, jnp.maximum(target, 0), axis=-1)[:, 0]
@@ -507,9 +568,11 @@ def loss(
 # ---- 7. Choosing -----------------------------------------------------------------------------------------------------
 # A sampler maps logits to logits. It excludes a token by −∞, so samplers compose, and `softmax` ends any chain of them.
 
+Number = float | int | Float[Array, ""] | Int[Array, ""]
+
 
 def repetition_penalty(
-    logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"], penalty: float
+    logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"], penalty: Number
 ) -> Float[Array, " vocab"]:
     """Divide the logits of tokens seen before by the penalty, or multiply them by it where they are negative.
 
@@ -518,7 +581,7 @@ def repetition_penalty(
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def temperature(logits: Float[Array, " vocab"], t: float) -> Float[Array, " vocab"]:
+def temperature(logits: Float[Array, " vocab"], t: Number) -> Float[Array, " vocab"]:
     """xᵢ / t, shifted so that the largest is 0. Ackley, Hinton & Sejnowski 1985, Cognitive Science 9, eq. (5).
 
     t = 0 is the limit: only the largest remain.
@@ -527,84 +590,137 @@ def temperature(logits: Float[Array, " vocab"], t: float) -> Float[Array, " voca
     return jnp.where(below == 0, below, below / t)
 
 
-def ranks(logits: Float[Array, " vocab"]) -> Int[Array, " vocab"]:
-    """0 for the likeliest token, 1 for the next, …; between equals the lower id comes first."""
-    return jnp.argsort(jnp.argsort(-logits, stable=True))
-
-
 def greedy(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
     """Keep the likeliest token alone; between equals the lowest id."""
     return jnp.where(jnp.arange(len(logits)) == jnp.argmax(logits), logits, -jnp.inf)
 
 
-def top_k(logits: Float[Array, " vocab"], k: int) -> Float[Array, " vocab"]:
+def bisect(holds: Callable[[Array], Array], width: int, dtype: Any) -> Int[Array, ""] | UInt[Array, ""]:
+    """The largest n of so many bits for which `holds(n)`, true up to some n and false beyond, is true; or 0."""
+
+    def bit(i: Array, n: Array) -> Array:
+        higher = n | (jnp.asarray(1 << (width - 1), dtype) >> i.astype(dtype))
+        return jnp.where(holds(higher), higher, n)
+
+    return lax.fori_loop(0, width, bit, jnp.asarray(0, dtype))
+
+
+def largest(
+    x: Float[Array, " vocab"], measure: Float[Array, " vocab"] | Int[Array, " vocab"], target: Number
+) -> Bool[Array, " vocab"]:
+    """The smallest set of largest x whose measures sum to at least the target; between equals the lower ids.
+
+    It holds every xᵢ above the cut-off  max {τ : Σᵢ mᵢ [xᵢ ≥ τ] ≥ target}  and as many equal to it as are needed.
+    Floats are compared as unsigned integers in the same order, so that bisection is exact, and takes no sort.
+    """
+    ids, (unsigned, width) = jnp.arange(len(x)), (jnp.uint64, 64) if x.dtype == jnp.float64 else (jnp.uint32, 32)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)  # −0 equals 0
+    sign = jnp.asarray(1 << (width - 1), unsigned)
+    order = jnp.where(bits < sign, bits | sign, ~bits)
+
+    def total(kept: Bool[Array, " vocab"]) -> Array:
+        return jnp.where(kept, measure, 0).sum()
+
+    cut = bisect(lambda n: total(order >= n) >= target, width, unsigned)
+    above, equal = order > cut, order == cut
+    last = bisect(lambda n: total(above | (equal & (ids < n))) < target, len(x).bit_length(), ids.dtype)
+    return above | (equal & (ids <= last))
+
+
+def top_k(logits: Float[Array, " vocab"], k: Number) -> Float[Array, " vocab"]:
     """Keep exactly k likeliest tokens; between equals the lower ids. Fan et al. 2018, arXiv:1805.04833, §5.4."""
-    return jnp.where(ranks(logits) < k, logits, -jnp.inf)
+    return jnp.where(largest(logits, jnp.ones(len(logits), int), k), logits, -jnp.inf)
 
 
-def top_p(logits: Float[Array, " vocab"], p: float) -> Float[Array, " vocab"]:
+def top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
     """Keep the smallest set of likeliest tokens whose probabilities sum to at least p.
 
     Holtzman et al. 2019, arXiv:1904.09751, eq. (2). The likeliest always remains, and p = 1 keeps all.
     """
-    rank = ranks(logits)
-    descending = softmax(logits)[jnp.argsort(rank)]
-    before = jnp.cumsum(descending) - descending
-    return jnp.where((before[rank] < p) | (rank == 0) | (p >= 1), logits, -jnp.inf)
+    return jnp.where(largest(logits, softmax(logits), p) | (p >= 1), logits, -jnp.inf)
 
 
-def min_p(logits: Float[Array, " vocab"], p: float) -> Float[Array, " vocab"]:
+def min_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
     """Keep tokens at least p times as likely as the likeliest. Nguyen et al. 2024, arXiv:2407.01082, §3.1."""
     return jnp.where(softmax(logits) >= p * softmax(logits).max(), logits, -jnp.inf)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen: the samplers above in this order, each skipped at the value that changes nothing.
+def categorical(rng: Key[Array, ""], logits: Float[Array, " vocab"]) -> Int[Array, ""]:
+    """A token with the probabilities softmax(logits): the first whose cumulative probability exceeds a uniform number.
 
-    The defaults are those of Meta's generation.py. Hashable, so that `choose` is compiled once for each.
+    Inverse transform sampling, Devroye 1986, Non-Uniform Random Variate Generation, §III.2.
+    """
+    p, ids = softmax(logits), jnp.arange(len(logits))
+    u = jax.random.uniform(rng, dtype=p.dtype) * p.sum()
+    return bisect(lambda n: jnp.where(ids < n, p, 0).sum() <= u, len(p).bit_length(), ids.dtype)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of the table below: a sampler, what it does for a user, and the numbers it is defined for."""
+
+    apply: Callable[[Array, Array, Any], Array]  # to logits, the tokens seen before, and its number
+    says: str
+    least: int
+    most: int | float | None  # None: a whole number, at most vocab
+    strict: bool = False  # above the least
+
+    def check(self, name: str, value: Any, vocab: int) -> None:
+        top, kind = (vocab, "whole") if self.most is None else (self.most, "finite")
+        valid = (is_whole if self.most is None else is_number)(value) and self.least <= value <= top
+        bound = f"a {kind} number {'above' if self.strict else 'from'} {self.least}, at most {top}"
+        check(name, repr(value), valid and not (self.strict and value == self.least), bound)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "repetition_penalty": Sampler(
+        repetition_penalty, "divide the logits of tokens seen before by it", 0, math.inf, True),
+    "temperature": Sampler(
+        lambda x, _, t: jnp.where(t == 0, greedy(x), temperature(x, t)),
+        "divide the logits by it; 0 always takes the likeliest token", 0, math.inf),
+    "top_k": Sampler(lambda x, _, k: top_k(x, k), "choose among so many likeliest tokens", 1, None),
+    "top_p": Sampler(
+        lambda x, _, p: top_p(x, p), "choose among the likeliest tokens that sum to this probability", 0, 1, True),
+    "min_p": Sampler(
+        lambda x, _, p: min_p(x, p), "choose among tokens so many times as likely as the likeliest", 0, 1),
+}  # fmt: skip
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen: by the samplers of the table above, in its order. None leaves one out.
+
+    The defaults are those of Meta's generation.py. As a tree of numbers and Nones it goes through `jit`, which compiles
+    anew for another set of samplers, not for other numbers.
     """
 
-    repetition_penalty: float = 1.0
-    temperature: float = 0.6
+    repetition_penalty: float | None = None
+    temperature: float | None = 0.6
     top_k: int | None = None
-    top_p: float = 0.9
-    min_p: float = 0.0
+    top_p: float | None = 0.9
+    min_p: float | None = None
 
     def __call__(self, logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"]) -> Float[Array, " vocab"]:
         logits = wide(logits)
-        if self.repetition_penalty != 1:
-            logits = repetition_penalty(logits, seen, self.repetition_penalty)
-        if self.temperature == 0:
-            return greedy(logits)
-        logits = temperature(logits, self.temperature)
-        if self.top_k is not None:
-            logits = top_k(logits, self.top_k)
-        if self.top_p < 1:
-            logits = top_p(logits, self.top_p)
-        if self.min_p > 0:
-            logits = min_p(logits, self.min_p)
+        for sampler, value in zip(SAMPLERS.values(), self, strict=True):
+            logits = logits if value is None else sampler.apply(logits, seen, value)
         return logits
 
     def check(self, vocab: int) -> None:
         """Refuse values for which a sampler is not defined."""
-        penalty, k = self.repetition_penalty, self.top_k
-        check("repetition_penalty", penalty, 0 < penalty < math.inf, "a finite number above 0")
-        check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a finite number of at least 0")
-        check("top_k", k, k is None or (type(k) is int and 1 <= k <= vocab), f"a whole number from 1 to {vocab}")
-        check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, at most 1")
-        check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
+        for (name, sampler), value in zip(SAMPLERS.items(), self, strict=True):
+            if value is not None:
+                sampler.check(name, value, vocab)
 
 
-@partial(jax.jit, static_argnames="sampling")
+@jax.jit
 def choose(
     rng: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"],
     sampling: Sampling,
 ) -> tuple[Int[Array, ""], Bool[Array, " vocab"]]:  # fmt: skip
     """Draw the token for a position and mark it as seen; −1 where a logit, or its penalised value, is not finite."""
-    token = jax.random.categorical(jax.random.fold_in(rng, position), sampling(logits, seen))
-    finite = jnp.isfinite(repetition_penalty(wide(logits), seen, sampling.repetition_penalty)).all()
-    token = jnp.where(finite, token, -1)
+    penalised = Sampling(sampling.repetition_penalty, None, None, None, None)(logits, seen)
+    token = categorical(jax.random.fold_in(rng, position), sampling(logits, seen))
+    token = jnp.where(jnp.isfinite(penalised).all(), token, -1)
     return token, seen.at[token].set(True, mode="drop")
 
 
@@ -631,24 +747,43 @@ def specs(config: Config) -> Params:
 Logits = Callable[[Any], Any]
 
 
+def plain(array: Any) -> Float[np.ndarray, "..."]:
+    """An array in float64, torch's bfloat16 too, which numpy cannot read."""
+    return np.asarray(array.detach().cpu().double() if hasattr(array, "detach") else array, np.float64)
+
+
+def require(holds: bool, says: str) -> None:
+    """Raise AssertionError unless it holds, under `python -O` too."""
+    if not holds:
+        raise AssertionError(says)
+
+
 def same(got: Any, want: Any, bound: float, what: str) -> None:
     """Fail unless ‖got − want‖ ≤ bound ‖want‖; with a bound of 0, unless all values are equal."""
-    a, b = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert a.shape == b.shape, f"{what}: got shape {a.shape}, expected {b.shape}"
+    a, b = plain(got), plain(want)
+    require(a.shape == b.shape, f"{what}: got shape {a.shape}, expected {b.shape}")
     error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-300))
-    assert error <= bound, f"{what}: got a relative error of {error:.1e}, expected at most {bound:.0e}"
+    require(error <= bound, f"{what}: got a relative error of {error:.1e}, expected at most {bound:.0e}")
+
+
+def logits_of(model: Logits, tokens: Any) -> Float[np.ndarray, "seq vocab"]:
+    """A model's logits, one row for each token."""
+    scores = plain(model(tokens))
+    fits = scores.ndim == 2 and len(scores) == len(tokens)
+    require(fits, f"logits: got shape {scores.shape}, expected ({len(tokens)}, vocab)")
+    return scores
 
 
 def check_causality(model: Logits, tokens: Any, vocab: int) -> None:
     """Another token at t leaves all logits before t bit for bit the same, and changes those at t."""
     tokens = np.array(tokens)
-    want = np.asarray(model(tokens))
+    want = logits_of(model, tokens)
     for t in range(len(tokens)):
         other = tokens.copy()
         other[t] = (tokens[t] + 1) % vocab
-        got = np.asarray(model(other))
+        got = logits_of(model, other)
         same(got[:t], want[:t], 0.0, f"logits before a change at {t}")
-        assert (got[t] != want[t]).any(), f"logits at a change at {t}: got the same, expected a change"
+        require(bool((got[t] != want[t]).any()), f"logits at a change at {t}: got the same, expected a change")
 
 
 def check_cache(step: Callable[[Any, Any], tuple[Any, Any]], model: Logits, tokens: Any, bound: float) -> None:
@@ -657,20 +792,20 @@ def check_cache(step: Callable[[Any, Any], tuple[Any, Any]], model: Logits, toke
     `step(tokens, cache)` returns logits and a cache, and takes None for an empty cache.
     """
     tokens = np.asarray(tokens)
-    want = np.asarray(model(tokens))
+    want = logits_of(model, tokens)
     for cut in range(1, len(tokens)):
         logits, cache = step(tokens[:cut], None)
         same(logits, want[:cut], bound, f"logits of a prefill of {cut}")
         for t in range(cut, len(tokens)):
             logits, cache = step(tokens[t : t + 1], cache)
-            same(np.asarray(logits)[-1], want[t], bound, f"logits at {t} after a prefill of {cut}")
+            same(plain(logits)[-1], want[t], bound, f"logits at {t} after a prefill of {cut}")
 
 
 def check_rows(
     rows: Callable[[Sequence[Any]], Sequence[Any]], model: Logits, tokens: Sequence[Any], bound: float
 ) -> None:
     """Rows of unequal lengths run as one batch, in either order, have the logits they have alone."""
-    want = [model(np.asarray(row)) for row in tokens]
+    want = [logits_of(model, np.asarray(row)) for row in tokens]
     for order in (slice(None), slice(None, None, -1)):
         for got, alone, row in zip(rows(tokens[order]), want[order], tokens[order], strict=True):
             same(got, alone, bound, f"logits of the row of {len(row)}")
@@ -679,15 +814,19 @@ def check_rows(
 def check_rotation(rotate: Callable[[Any, int], Any], head_dim: int, bound: float) -> None:
     """`rotate(x, position)` keeps norms, is the identity at 0, and gives products that depend on distance alone."""
     q, k = np.random.default_rng(0).normal(size=(2, head_dim)).astype(np.float32)
+    scale = float(np.linalg.norm(q) * np.linalg.norm(k))
+
+    def product(m: int, n: int) -> float:
+        return float(plain(rotate(q, m)) @ plain(rotate(k, n)))
+
     same(rotate(q, 0), q, bound, "a vector rotated at 0")
-    same(np.linalg.norm(rotate(q, 77)), np.linalg.norm(q), bound, "a norm at 77")
+    same(np.linalg.norm(plain(rotate(q, 77))), np.linalg.norm(q), bound, "a norm at 77")
     for distance in (0, 1, 63, 300):
-        want = np.dot(rotate(q, distance), rotate(k, 0))
+        want = product(distance, 0)
         for position in (1, 64, 500):
-            got = np.dot(rotate(q, position + distance), rotate(k, position))
-            scale = np.linalg.norm(q) * np.linalg.norm(k)
+            got = product(position + distance, position)
             same(got + scale, want + scale, bound, f"a product over distance {distance} at {position}")
-    assert abs(np.dot(rotate(q, 1), rotate(k, 0)) - np.dot(q, k)) > bound, "a product over distance 1: got that over 0"
+    require(abs(product(1, 0) - product(0, 0)) > bound, "a product over distance 1: got that over 0")
 
 
 def check_heads(

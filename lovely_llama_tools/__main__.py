@@ -1,4 +1,7 @@
-"""The command line as a process: `lovely-llama`, or `python -m lovely_llama_tools`."""
+"""The command line as a process: Ctrl-C, streams that are closed or ASCII, and compiled programs that are kept.
+
+Until Ctrl-C is taken care of, nothing is imported that takes time.
+"""
 
 import os
 import signal
@@ -7,13 +10,11 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
-import jax
-
-from .commands import main
+PROGRAMS = 2**28  # bytes of compiled programs that are kept; the least recently used go first
 
 
-def end_on_interrupt() -> None:
-    """Exit with 130 on Ctrl-C at once, even during a compilation.
+def leave_on_interrupt() -> None:
+    """Exit with 130 on Ctrl-C at once, even during a compilation, unless there is an answer that it ends.
 
     Python's own handlers wait until the compiler returns, but the signal's number is written to a pipe immediately.
     """
@@ -26,7 +27,7 @@ def end_on_interrupt() -> None:
     terminal = termios.tcgetattr(0) if os.isatty(0) else None
 
     def wait() -> None:
-        while os.read(listen, 1)[0] != signal.SIGINT:
+        while os.read(listen, 1)[0] != signal.SIGINT or interrupted():
             pass
         if terminal:
             termios.tcsetattr(0, termios.TCSANOW, terminal)
@@ -36,14 +37,78 @@ def end_on_interrupt() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def run() -> int:
-    """`main`, leaving on Ctrl-C, keeping compiled programs, and escaping what a stream's encoding cannot express."""
-    end_on_interrupt()
-    for stream in filter(None, cast(Any, (sys.stdout, sys.stderr))):  # None: closed
-        stream.reconfigure(errors="backslashreplace")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lovely-llama"
+def interrupted() -> bool:
+    """Whether there is an answer that an interrupt ends, so that the process goes on."""
+    commands: Any = sys.modules.get("lovely_llama_tools.commands")
+    return hasattr(commands, "main") and commands.interrupt()  # its last function: or it is yet to be imported
+
+
+def keep_programs(folder: Path) -> None:
+    """Keep compiled programs in a folder: each whole or not at all, and all within `PROGRAMS` bytes.
+
+    jax writes them in place, and would warn of one that was cut short at every later start. Where a program cannot be
+    written, one line says so.
+    """
+    import contextlib
+    import hashlib
+    import importlib
+
+    import jax
+
+    caching: Any = importlib.import_module("jax._src.compilation_cache")
+    warned = list[str]()
+
+    def warn(error: OSError) -> None:
+        if not warned:
+            print(f"warning: {folder}: compiled programs are not kept: {error.strerror}", file=sys.stderr)
+        warned.append(str(error))
+
+    class Kept(caching.LRUCache):
+        """jax's cache, with a checksum before each program."""
+
+        def get(self, key: str) -> bytes | None:
+            path = folder / f"{key}-cache"
+            try:
+                content = path.read_bytes()
+            except OSError:
+                return None
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            good = hashlib.sha256(content[32:]).digest() == content[:32]
+            return content[32:] if good else None
+
+        def put(self, key: str, value: bytes) -> None:
+            path, part = (folder / f"{key}-{name}" for name in ("cache", f"part{os.getpid()}"))
+            try:
+                part.write_bytes(hashlib.sha256(value).digest() + value)
+                part.replace(path)
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                warn(error)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        room = PROGRAMS
+        for path in sorted(folder.glob("*-cache"), key=lambda path: -path.stat().st_mtime):
+            room -= path.stat().st_size
+            if room < 0:
+                path.unlink()
+    except OSError as error:
+        warn(error)
+        return
+    caching.get_file_cache = lambda path: (Kept(path, max_size=-1), path)  # pyright: ignore
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def run() -> int:
+    """The command line, as a program of its own."""
+    leave_on_interrupt()
+    from .commands import main
+
+    for stream in filter(None, cast(Any, (sys.stdout, sys.stderr))):  # None: closed
+        stream.reconfigure(errors="backslashreplace")
+    keep_programs(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lovely-llama")
     return main()
 
 

@@ -1,34 +1,39 @@
 """Text from a model, as a stream: the compiled programs, a session that keeps the cache, and generation itself."""
 
 import codecs
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import jax
 import numpy as np
-from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lovely_llama import (
+    Cache,
     Caches,
     Config,
+    LlamaError,
     Params,
     Sampling,
     block,
     check,
+    check_params,
     check_tokens,
     choose,
     embed_tokens,
     empty_cache,
     fold_layers,
+    is_whole,
     readout,
 )
 
 from .formats import Model
-from .tokens import check_text
+from .tokens import Tokenizer, check_text
 
 # On CPUs with 512-bit vectors, XLA uses half of each unless told otherwise. Worth some 7 % of the speed of decoding.
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
@@ -64,91 +69,154 @@ def read(
     return read_out(ends, x, last, config), cache
 
 
+@partial(jax.jit, static_argnames="room")
+def widen(rows: Float[Array, "kv_heads ctx head_dim"], room: int) -> Float[Array, "kv_heads room head_dim"]:
+    """A layer's keys or values, with positions added at the end."""
+    return jnp.pad(rows, ((0, 0), (0, room - rows.shape[1]), (0, 0)))
+
+
 class Session:
-    """The tokens of a conversation so far, and the cache that holds their keys and values."""
+    """The tokens of a conversation so far, and the cache that holds their keys and values.
+
+    Several threads may use one session, and several generations take turns: each reads again what the others changed.
+    """
 
     def __init__(self, model: Model) -> None:
+        check_params(model.params, model.config)
         self.model, self.tokens = model, list[int]()
-        self.room, self.cache = 0, ()
+        self.room, self.cache = 0, tuple[Cache, ...]()
+        self._lock, self._preparation = threading.Lock(), threading.Thread()
+        self._prepared = 0
 
-    def rewind(self, tokens: Sequence[int]) -> list[int]:
+    def logits(self, tokens: Sequence[int]) -> Float[Array, " vocab"]:
+        """The logits after the last of some tokens; read are those after the longest common prefix with the cache's."""
+        config = self.model.config
+        return self._read(check_tokens(tokens, config.vocab, config.ctx).tolist())[0]
+
+    def _read(self, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]:
+        """`logits`, of tokens that are known to be good, and how many of them were read."""
+        with self._lock:
+            new = self._truncate(tokens)
+            count = len(new)
+            self._reserve(len(tokens))
+            while True:
+                size = 1 if len(new) == 1 else next((size for size in PREFILL if size <= len(new)), PREFILL[-1])
+                piece, new = new[:size], new[size:]
+                padded, start, last = [*piece, *[0] * (size - len(piece))], len(self.tokens), len(piece) - 1
+                padded, start, last = (np.array(n, np.int32) for n in (padded, start, last))
+                logits, cache = read(self.model.params, padded, self.cache, start, last, self.model.config)
+                self.cache = cast(tuple[Cache, ...], cache)
+                self.tokens += piece
+                if not new:
+                    return logits, count
+
+    def _truncate(self, tokens: list[int]) -> list[int]:
         """Truncate to the longest common prefix with `tokens`; return the remainder, which is never empty."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):  # donated to a `read` that was interrupted
+        lost = any(
+            leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)
+        )  # donated to a `read` that was interrupted
+        if lost or len(self.cache) < self.model.config.layers:
             self.tokens, self.room, self.cache = list[int](), 0, ()
-        pairs = zip(self.tokens, tokens[:-1], strict=False)
-        known = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(self.tokens), len(tokens) - 1))
+        known = min(len(self.tokens), len(tokens) - 1)
+        if self.tokens[:known] != tokens[:known]:
+            pairs = zip(self.tokens, tokens, strict=False)
+            known = next(i for i, (old, new) in enumerate(pairs) if old != new)
         del self.tokens[known:]
-        return list(tokens[known:])
+        return tokens[known:]
 
-    def feed(self, tokens: Sequence[int]) -> Float[Array, " vocab"]:
-        """Append tokens, and return the logits after the last of them."""
-        self.reserve(len(self.tokens) + len(tokens))
-        while True:
-            size = 1 if len(tokens) == 1 else next((size for size in PREFILL if size <= len(tokens)), PREFILL[-1])
-            piece, tokens = tokens[:size], tokens[size:]
-            padded, start, last = [*piece, *[0] * (size - len(piece))], len(self.tokens), len(piece) - 1
-            padded, start, last = (np.array(n, np.int32) for n in (padded, start, last))
-            logits, self.cache = read(self.model.params, padded, self.cache, start, last, self.model.config)
-            self.tokens += piece
-            if not tokens:
-                return logits
-
-    def reserve(self, length: int) -> None:
+    def _reserve(self, length: int) -> None:
         """Make room for `length` tokens and the padding behind them: 256 positions, doubled as needed, up to ctx.
 
         Writing past the end would not raise: `dynamic_update_slice` clamps the start, and overwrites earlier positions.
+        When the cache is half full, the programs for the next size are compiled in a thread, so that no token waits.
         """
-        config, room = self.model.config, 256
+        config, dtype, room = self.model.config, self.model.params.embed.dtype, self._fitting(length)
+        if not self.room:
+            self.room, self.cache = room, empty_cache(config, room, dtype)
+        elif room > self.room:
+            if self._preparation.ident:
+                self._preparation.join()
+            layers, self.cache = list(self.cache), ()  # an interruption leaves no cache; see `_truncate`
+            for i, layer in enumerate(layers):  # one at a time, so that memory for both is never taken
+                layers[i] = Cache(widen(layer.keys, room), widen(layer.values, room))
+            self.room, self.cache = room, tuple(layers)
+        following = self._fitting(self.room)
+        if 2 * length > self.room and following > max(self.room, self._prepared):
+            self._prepared = following
+            self._preparation = threading.Thread(target=self._prepare, args=(self.room, following))
+            self._preparation.start()
+
+    def _fitting(self, length: int) -> int:
+        """The size of a cache for so many tokens."""
+        room = 256
         while room < length + PREFILL[-1]:
             room *= 2
-        room = min(room, config.ctx + PREFILL[-1])
-        if room > self.room:
-            cache = empty_cache(config, room, self.model.params.embed.dtype)
-            if self.cache:
-                cache = jax.tree.map(lambda new, old: lax.dynamic_update_slice(new, old, (0, 0, 0)), cache, self.cache)
-            self.room, self.cache = room, cache
+        return min(room, self.model.config.ctx + PREFILL[-1])
+
+    def _prepare(self, room: int, following: int) -> None:
+        """Compile what a token needs where the cache grows from one size to another, by running one layer of zeros."""
+        config, params = self.model.config, self.model.params
+        (old,) = empty_cache(replace(config, layers=1), room, params.embed.dtype)
+        cache = Cache(widen(old.keys, following), widen(old.values, following))
+        zero = np.array(0, np.int32)
+        x, angles = read_tokens(params._replace(blocks=()), np.zeros(1, np.int32), jnp.asarray(zero), config)
+        read_layer(cast(Any, params.blocks)[0], x, angles, cache, jnp.asarray(zero), config)
 
 
-class Generation(Iterator[str]):
-    """A stream of text, in whole characters. At its end `reason` is "stop", "length" or "context"."""
+class Generation(Iterator[Any]):
+    """A stream of text in whole characters; of token ids, where the model has no tokenizer.
+
+    At its end `reason` is "stop", "length", "context" or "interrupted".
+    """
 
     def __init__(
-        self, session: Session, prompt: Sequence[int], max_new: int, sampling: Sampling, seed: int, stop: Sequence[str]
+        self, session: Session, prompt: list[int], max_new: int, sampling: Sampling, seed: int, stop: Sequence[str]
     ) -> None:
         self.session, self.prompt, self.tokens, self.reason = session, prompt, list[int](), ""
+        self.cached = 0  # tokens of the prompt that were in the session's cache
         self.times: list[float] = []  # of the start and of each token
-        self._text = self._stream(self._choose(max_new, sampling, seed, stop), stop)
+        self._interrupted = False
+        tokens, tokenizer = self._choose(max_new, sampling, seed, stop), session.model.tokenizer
+        self._parts = tokens if tokenizer is None else self._stream(tokens, tokenizer, stop)
 
-    def __next__(self) -> str:
-        return next(self._text)
+    def __next__(self) -> Any:
+        return next(self._parts)
+
+    def interrupt(self) -> None:
+        """End before the next token. May be called from a thread or a signal handler."""
+        self._interrupted = True
 
     def _choose(self, max_new: int, sampling: Sampling, seed: int, stop: Sequence[str]) -> Iterator[int]:
         """Token after token, until a stop token, `max_new` or the end of the context."""
         config, tokenizer = self.session.model.config, self.session.model.tokenizer
-        stops = {tokenizer.specials[text] for text in stop if text in tokenizer.specials} | tokenizer.stops
-        rng, new = jax.random.key(seed), self.session.rewind(self.prompt)
+        stops = {tokenizer.specials[text] for text in stop if text in tokenizer.specials} if tokenizer else set[int]()
+        stops |= tokenizer.stops if tokenizer else set()
+        rng, every = jax.random.key(seed), [*self.prompt]
         seen = cast(Any, np.bincount(self.prompt, minlength=config.vocab) > 0)  # jit takes numpy arrays, too
         self.times = [time.perf_counter()]
         for position in range(len(self.prompt), config.ctx):
-            if len(self.tokens) == max_new:
-                self.reason = "length"
+            if len(self.tokens) == max_new or self._interrupted:
+                self.reason = "interrupted" if self._interrupted else "length"
                 return
-            token, seen = choose(rng, cast(Any, np.int32(position)), self.session.feed(new), seen, sampling)
-            new = [int(token)]
+            logits, new = self.session._read(every)  # pyright: ignore[reportPrivateUsage]
+            token, seen = choose(rng, cast(Any, np.int32(position)), logits, seen, sampling)
+            token = int(token)
+            self.cached = len(every) - new if not self.tokens else self.cached
             self.times.append(time.perf_counter())
-            if new[0] < 0:
+            if token < 0:
                 raise FloatingPointError(f"model: logits at position {position - 1}: got NaN or ∞, expected numbers")
-            if new[0] in stops:
+            if token in stops:
                 self.reason = "stop"
                 return
-            self.tokens += new
-            yield new[0]
+            self.tokens.append(token)
+            every.append(token)
+            yield token
         self.reason = "context"
 
-    def _stream(self, tokens: Iterator[int], stop: Sequence[str]) -> Iterator[str]:
+    def _stream(self, tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
         """The text of tokens up to the first stop text. Whatever may be the beginning of one is held back."""
         decode, held = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
-        pieces, prefix = self.session.model.tokenizer.pieces, self.session.model.tokenizer.prefix
+        pieces, prefix = tokenizer.pieces, tokenizer.prefix
         begun = any(pieces[token] for token in self.prompt)  # the prefix is removed at the beginning of a text only
         for token in tokens:
             held += decode(pieces[token] if begun else pieces[token].removeprefix(prefix))
@@ -169,29 +237,40 @@ class Generation(Iterator[str]):
 
 def generate(
     model: Model, prompt: str | Sequence[int], max_new: int | None = None, sampling: Sampling | None = None,
-    seed: int = 0, stop: Sequence[str] = (), session: Session | None = None,
+    seed: int = 0, stop: str | Sequence[str] = (), session: Session | None = None,
 ) -> Generation:  # fmt: skip
     """Continue a prompt: an iterator of the text that follows, generated as it is consumed.
 
     It ends at one of the tokenizer's stop tokens, before one of the texts in `stop` (the name of a special token stands
     for that token), after `max_new` tokens, or at the end of the context. On one machine, equal prompts and seeds give
-    equal texts. A session keeps the cache for the next call, which then reads only what is new in its prompt.
+    equal texts. A session keeps the cache for the next call, which then reads only what is new in its prompt. A model
+    without a tokenizer takes token ids and gives token ids.
     """
     config, tokenizer = model.config, model.tokenizer
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    for text in stop:
+        check("stop", "an empty text", bool(text), "a text")
+        check_text("stop", text)
+    if tokenizer is None and (stop or isinstance(prompt, str)):
+        raise LlamaError("model", "tokenizer", "none", "token ids for a prompt, and no stop texts")
     if isinstance(prompt, str):
-        check_text("prompt", prompt)
-        # No token is longer than the longest piece, so a text that is far too long is refused before it is tokenized.
-        short = len(prompt) <= config.ctx * max(map(len, tokenizer.pieces))
-        check("prompt", f"{len(prompt)} characters", short, f"at most {config.ctx} tokens")
-        prompt = tokenizer.begin(prompt)
+        prompt = encode_prompt(cast(Tokenizer, tokenizer), prompt, config.ctx)
     tokens = check_tokens(prompt, config.vocab, config.ctx, "prompt").tolist()
     sampling = sampling or Sampling()
     sampling.check(config.vocab)
     max_new = config.ctx if max_new is None else max_new
-    enough = type(max_new) is int and 0 <= max_new <= config.ctx
-    check("max_new", max_new, enough, f"a whole number from 0 to {config.ctx}")
-    check("seed", seed, type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to 4294967295")
-    for text in stop:
-        check("stop", "an empty text", bool(text), "a text")
-        check_text("stop", text)
-    return Generation(session or Session(model), tokens, max_new, sampling, seed, stop)
+    enough = is_whole(max_new) and 0 <= max_new <= config.ctx
+    check("max_new", repr(max_new), enough, f"a whole number from 0 to {config.ctx}")
+    check("seed", repr(seed), is_whole(seed) and 0 <= seed < 2**32, "a whole number from 0 to 4294967295")
+    session = session or Session(model)
+    same = all(a is b for a, b in zip(session.model, model, strict=True))
+    check("session", "one of another model", same, "a session of the model that is to continue")
+    return Generation(session, tokens, int(max_new), sampling, int(seed), stop)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, ctx: int) -> list[int]:
+    """The tokens of a plain prompt. One that cannot fit into the context is refused before it is tokenized."""
+    check_text("prompt", text)
+    short = len(text) <= ctx * max(map(len, tokenizer.pieces))  # no token is longer than the longest piece
+    check("prompt", f"{len(text)} characters", short, f"at most {ctx} tokens")
+    return tokenizer.begin(text)

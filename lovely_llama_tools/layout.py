@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,18 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from lovely_llama import Config, Params, RopeScaling, check, shapes
+from lovely_llama import (
+    Block,
+    Config,
+    Params,
+    RopeScaling,
+    check,
+    check_params,
+    check_tensors,
+    is_number,
+    is_whole,
+    shapes,
+)
 
 
 class Layout(NamedTuple):
@@ -51,15 +63,6 @@ def all_tensors(layout: Layout, config: Config) -> dict[str, tuple[int, ...]]:
     return dict(tensor(layout, path, leaf.shape) for path, leaf in jax.tree.leaves_with_path(shapes(config)))
 
 
-def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: object) -> None:
-    """Refuse tensors other than those of the config: a missing one, an unexpected one, or another shape."""
-    missing, extra = [n for n in expected if n not in found], [n for n in found if n not in expected]
-    check("tensors", f"{len(missing)} missing ({', '.join(missing[:3])})", not missing, len(expected), file)
-    check("tensors", f"{len(extra)} unexpected ({', '.join(extra[:3])})", not extra, len(expected), file)
-    for name, shape in expected.items():
-        check(name, found[name], found[name] == shape, shape, file)
-
-
 def from_named(layout: Layout, get: Callable[[str], Any], config: Config) -> Params:
     """Parameters from the tensors that `get` finds by name. Linear, so gradients can be converted the same way."""
 
@@ -74,8 +77,34 @@ def from_named(layout: Layout, get: Callable[[str], Any], config: Config) -> Par
     return jax.tree.map_with_path(of, shapes(config))
 
 
-def to_named(layout: Layout, params: Params) -> dict[str, Float[np.ndarray, "..."]]:
-    """The inverse of `from_named`, for blocks in a tuple."""
+def copied(array: Any) -> Array:
+    """A jax array of its own memory, from one of numpy, jax or torch."""
+    if hasattr(array, "detach"):  # torch's, which has a bfloat16 that numpy cannot read
+        array = jnp.from_dlpack(array.detach().cpu().contiguous())
+    return jnp.array(array)
+
+
+def from_arrays(layout: Layout, arrays: Mapping[str, Any], config: Config) -> Params:
+    """`from_named` of a set of arrays that is checked against the config. They are copied.
+
+    A tied model may come with its unembedding, as a state_dict of torch does, if it equals the embedding.
+    """
+    embed, unembed = (f"{NAMES[field][layout.column]}.weight" for field in ("embed", "unembed"))
+    found = {name: tuple(array.shape) for name, array in arrays.items()}
+    if config.tied and found.get(embed) == found.get(unembed, ()):
+        same = arrays[embed] is arrays[unembed] or bool((copied(arrays[embed]) == copied(arrays[unembed])).all())
+        check(unembed, "other values than the embedding's", same, "the same, as the config is tied", "arrays")
+        del found[unembed]
+    check_tensors(all_tensors(layout, config), found, "arrays")
+    return from_named(layout, lambda name: copied(arrays[name]), config)
+
+
+def to_arrays(layout: Layout, params: Params, config: Config) -> dict[str, Float[np.ndarray, "..."]]:
+    """The inverse of `from_arrays`."""
+    check_params(params, config)
+    if isinstance(params.blocks, Block):
+        blocks = params.blocks
+        params = params._replace(blocks=tuple(jax.tree.map(itemgetter(i), blocks) for i in range(config.layers)))
 
     def of(path: tuple[Any, ...], leaf: Array) -> tuple[str, Float[np.ndarray, "..."]]:
         name, shape = tensor(layout, path, leaf.shape)
@@ -90,6 +119,7 @@ def to_named(layout: Layout, params: Params) -> dict[str, Float[np.ndarray, "...
 
 def rope_scaling(fields: Mapping[str, Any], file: object) -> RopeScaling | None:
     """A scaling as Hugging Face describes it, in older and newer files; unknown fields and kinds are refused."""
+    fields = {name: value for name, value in fields.items() if value is not None}
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     kind = fields.get("rope_type", fields.get("type", "default"))
     own = {"llama3": {"low_freq_factor", "high_freq_factor"}, "yarn": {"beta_fast", "beta_slow", "attention_factor"}}
@@ -101,7 +131,7 @@ def rope_scaling(fields: Mapping[str, Any], file: object) -> RopeScaling | None:
 
     def number(name: str, *default: float | int) -> float | int:
         value = fields.get(name, *default)
-        check(f"rope_scaling.{name}", value, type(value) in (int, float) and math.isfinite(value), "a number", file)
+        check(f"rope_scaling.{name}", value, is_number(value), "a number", file)
         return value
 
     factor = number("factor")
@@ -109,7 +139,7 @@ def rope_scaling(fields: Mapping[str, Any], file: object) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling(kind, factor)
     ctx = number("original_max_position_embeddings")
-    check("rope_scaling.original_max_position_embeddings", ctx, type(ctx) is int, "a whole number", file)
+    check("rope_scaling.original_max_position_embeddings", ctx, is_whole(ctx), "a whole number", file)
     if kind == "llama3":
         return RopeScaling(kind, factor, int(ctx), number("low_freq_factor"), number("high_freq_factor"))
     attention_factor = number("attention_factor", 0.1 * math.log(factor) + 1)  # arXiv:2309.00071, eq. (22)

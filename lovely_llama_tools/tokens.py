@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lovely_llama import LlamaError, check
 
@@ -12,6 +12,13 @@ from .extras import extra
 def check_text(field: str, text: str) -> None:
     """Refuse lone surrogates, which is how Python decodes command-line arguments that are not UTF-8."""
     check(field, "bytes that are not UTF-8", not re.search("[\ud800-\udfff]", text), "text")
+
+
+def template_environment() -> Any:
+    """Where chat templates are rendered: jinja2's sandbox with loop controls, as in transformers."""
+    jinja2 = extra("jinja2.sandbox", "chat")
+    extensions = ["jinja2.ext.loopcontrols"]
+    return jinja2.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
 
 
 class Tokenizer(NamedTuple):
@@ -25,6 +32,11 @@ class Tokenizer(NamedTuple):
     adds_bos: bool
     prefix: bytes  # put before every text by the library, and removed again in decoding
     template: str | None  # the chat template, in jinja2
+    eos: int | None = None
+
+    def __repr__(self) -> str:
+        template = "with" if self.template else "without"
+        return f"Tokenizer({len(self.pieces):,} pieces, {len(self.specials)} special, {template} a chat template)"
 
     def begin(self, text: str) -> list[int]:
         """The tokens of a plain prompt. BOS comes first where the model expects it, or where the text is empty."""
@@ -63,7 +75,10 @@ def sentencepiece_tokenizer(proto: bytes, file: object) -> Tokenizer:
         check_text("text", text)
         return model.encode(text)
 
-    return Tokenizer(encode, pieces, specials, stops, begin, True, b" ", None)
+    # Whether a space is put before every text, the library tells by doing it.
+    (first, *_) = model.encode("a", out_type=str)
+    prefix = b" " if first.startswith("▁") else b""
+    return Tokenizer(encode, pieces, specials, stops, begin, True, prefix, None, eos if eos >= 0 else None)
 
 
 def byte_letters() -> dict[str, int]:

@@ -54,6 +54,7 @@ def assert_refused(path: Path, data: bytes, *fields: str) -> str:
     message, field = str(caught.value), caught.value.field
     assert caught.value.file == str(path) and field in fields, message
     assert peak < 2**26, f"allocated {peak >> 20} MiB"
-    assert message.startswith(f"{path}: {field}: got ") and ", expected " in message and "\n" not in message
+    shown = field.replace("\n", "\\n")  # escaped, so that the message is one line
+    assert message.startswith(f"{path}: {shown}: got ") and ", expected " in message and "\n" not in message
     assert len(message) < len(str(path)) + 400, message
     return message

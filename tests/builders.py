@@ -148,6 +148,13 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """The tokenizer of a model that has one."""
+    assert model.tokenizer
+    return model.tokenizer
+
+
 # ---- Models ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -35,6 +36,14 @@ def x64() -> Iterator[None]:
     """Enable float64, which jax otherwise truncates to float32."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def no_type_checks() -> Iterator[None]:
+    """Run as users do, without the import hook's checks: what these would refuse must be refused without them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # ---- Recordings of llama2.c ------------------------------------------------------------------------------------------

@@ -117,7 +117,8 @@ FUNCTIONS = {
     for name, function in inspect.getmembers(ll, inspect.isfunction)
     if function.__module__ == ll.__name__ and 3 <= part_of(inspect.unwrap(function).__code__.co_firstlineno) <= 7
 }
-WITHOUT_ARRAYS = {"rope_frequencies"}
+NUMBERS = {"return", "start", "filled", "target", "penalty", "t", "k", "p"}  # which may be plain ones
+WITHOUT_ARRAYS = {"rope_frequencies", "bisect"}
 
 
 def parts(annotation: Any) -> Iterator[Any]:
@@ -155,7 +156,7 @@ def arguments(name: str) -> dict[str, Any]:
     known = {
         "w": w, "params": params, "config": SMALL, "cache": cache, "start": jnp.array(0), "eps": 1e-5,
         "position": jnp.array(3), "filled": None, "size": 4, "rng": jax.random.key(0), "blocks": blocks,
-        "layer": lambda x, w, cache: (x, cache), "penalty": 1.5, "t": 0.5, "k": 3, "p": 0.5,
+        "layer": lambda x, w, cache: (x, cache), "target": 3, "penalty": 1.5, "t": 0.5, "k": 3, "p": 0.5,
         "sampling": ll.Sampling(),
     }  # fmt: skip
 
@@ -175,7 +176,7 @@ def wrong_axes() -> Iterator[tuple[str, str, int | None]]:
     for name in sorted(set(FUNCTIONS) - WITHOUT_ARRAYS - {"wide"}):
         found = {p: a for p, annotation in hints(FUNCTIONS[name]).items() if (a := axes(annotation)) is not None}
         for parameter, names in found.items():
-            if parameter in ("return", "start", "filled") or names[:1] == ["*batch"]:
+            if parameter in NUMBERS or names[:1] == ["*batch"]:
                 continue
             yield name, parameter, None
             for i, axis in enumerate(names):

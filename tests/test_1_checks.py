@@ -1,30 +1,44 @@
 """Part 1: invalid configs and tokens are refused, with the field named, before they are used."""
 
 import math
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from builders import SMALL
+from builders import SMALL, layers_of, random_params
+from jax import numpy as jnp
 
-from lovely_llama import CONFIGS, Config, LlamaError, RopeScaling, check_config, check_tokens
-
-SIZES = ("vocab", "dim", "layers", "kv_heads", "q_per_kv", "head_dim", "hidden_dim", "ctx")
-
-
-def changed(config: Config, **fields: Any) -> Config:
-    """`replace` without type checks, for values of the wrong type."""
-    config = replace(config)
-    for name, value in fields.items():
-        object.__setattr__(config, name, value)
-    return config
+from lovely_llama import (
+    CONFIGS,
+    SIZES,
+    LlamaError,
+    Params,
+    RopeScaling,
+    check_config,
+    check_params,
+    check_tensors,
+    check_tokens,
+    count,
+    logits,
+    stack,
+)
 
 
 def test_an_error_is_one_line_that_names_file_and_field() -> None:
     error = LlamaError("a.gguf", "dim", 3, 4)
     assert isinstance(error, ValueError)
     assert (str(error), error.file, error.field) == ("a.gguf: dim: got 3, expected 4", "a.gguf", "dim")
+    assert str(LlamaError("a\nb", "x\ty", "\u2028", "é")) == "a\\nb: x\\ty: got \\u2028, expected é"
+
+
+def test_an_error_can_be_pickled() -> None:
+    """As process pools do with what is raised in them."""
+    error = LlamaError("a.gguf", "dim", 3, 4)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (LlamaError, str(error), vars(error))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -47,10 +61,71 @@ def test_published_configs_are_valid(name: str) -> None:
         ("rope_scaling.attention_factor", "rope_scaling", RopeScaling("yarn", 8.0, 8192, 1.0, 32.0, math.nan)),
     ],
 )
-def test_invalid_configs_are_refused(field: str, name: str, value: Any) -> None:
+def test_invalid_configs_are_refused(field: str, name: str, value: Any, no_type_checks: None) -> None:
+    """None can be made: so no function that takes a config need check it."""
     with pytest.raises(LlamaError) as caught:
-        check_config(changed(SMALL, **{name: value}), "somewhere")
-    assert (caught.value.file, caught.value.field) == ("somewhere", field)
+        replace(SMALL, **{name: value})
+    assert (caught.value.file, caught.value.field) == ("config", field)
+
+
+def test_numbers_of_numpy_are_accepted(no_type_checks: None) -> None:
+    """And become Python's, whose products do not overflow."""
+    large = CONFIGS["llama-3.1-405b"]
+    config = replace(large, **{name: np.int32(getattr(large, name)) for name in SIZES}, eps=np.float32(1e-5))
+    assert count(config) == count(large) == 405_853_388_800
+    assert {type(getattr(config, name)) for name in SIZES} == {int}
+    assert replace(SMALL, dim=np.int64(SMALL.dim)) == SMALL and hash(SMALL) == hash(replace(SMALL))
+
+
+# ---- Tensors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "field", "says"),
+    [
+        ({"a": (2, 3)}, "tensors", r"1 missing \(b\)"),
+        ({"a": (2, 3), "b": (4,), "c": (1,)}, "tensors", r"1 unexpected \(c\)"),
+        ({"a": (3, 2), "b": (4,)}, "a", r"got \(3, 2\), expected \(2, 3\)"),
+        ({"x": (2, 3), "b": (4,)}, "tensors", r"1 missing \(a\)"),
+    ],
+)
+def test_wrong_sets_of_tensors_are_refused(found: dict[str, tuple[int, ...]], field: str, says: str) -> None:
+    want = {"a": (2, 3), "b": (4,)}
+    check_tensors(want, dict(want), "a file")
+    with pytest.raises(LlamaError, match=f"^a file: .*{says}") as caught:
+        check_tensors(want, found, "a file")
+    assert caught.value.field == field
+
+
+def transposed(params: Params) -> Params:
+    """The second layer's W_gate the wrong way round."""
+    first, second = layers_of(params)
+    return params._replace(blocks=(first, second._replace(ffn=second.ffn._replace(gate=second.ffn.gate.T))))
+
+
+WRONG: dict[str, tuple[Callable[[Params], Params], str]] = {
+    "a layer too few": (lambda p: p._replace(blocks=layers_of(p)[:1]), "tensors"),
+    "a layer too many": (lambda p: p._replace(blocks=layers_of(p) * 2), "tensors"),
+    "a matrix transposed": (transposed, ".blocks[1].ffn.gate"),
+    "no unembedding": (lambda p: p._replace(unembed=None), "tensors"),
+    "layers of another number stacked": (lambda p: p._replace(blocks=stack(layers_of(p) * 2)), ".blocks.attn_norm"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_parameters_of_another_config_are_refused(name: str) -> None:
+    """By the check, and by whatever takes parameters outside `jit`."""
+    change, field = WRONG[name]
+    params, tokens = random_params(SMALL), jnp.array([1, 2, 3])
+    check_params(params, SMALL)
+    check_params(params._replace(blocks=stack(layers_of(params))), SMALL)
+    for refuse in (check_params, lambda params, config: logits(params, tokens, config)):
+        with pytest.raises(LlamaError) as caught:
+            refuse(change(params), SMALL)
+        assert (caught.value.file, caught.value.field) == ("params", field)
+
+
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

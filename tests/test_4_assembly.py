@@ -20,6 +20,7 @@ from lovely_llama import (
     Block,
     Cache,
     Config,
+    LlamaError,
     Params,
     RopeScaling,
     attention,
@@ -35,6 +36,7 @@ from lovely_llama import (
 from lovely_llama_tools.formats.llama2c import from_llama2c
 from lovely_llama_tools.layout import LLAMA2C, all_tensors
 
+PARAMS = random_params(SMALL)
 TOKENS = jnp.array([3, 28, 0, 17, 3, 9, 21])
 run = jit(llama, static_argnames="config")  # `start` is traced: one program serves all
 whole = jit(logits, static_argnames="config")
@@ -130,9 +132,46 @@ def test_gradient_matches_finite_differences(function: Callable[..., Any], part:
     check_grads(f, drawn, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
-# ---- Properties of a small model with random parameters --------------------------------------------------------------
+# ---- Doors -----------------------------------------------------------------------------------------------------------
 
-PARAMS = random_params(SMALL)
+
+BAD_TOKENS: dict[str, tuple[Any, str]] = {
+    "an id beyond the vocabulary": ([3, SMALL.vocab], "ids from 0 to 28"),
+    "a negative id": ([3, -1], "ids from 0 to 28"),
+    "none": ([], "got 0 tokens"),
+    "more than the context holds": ([1] * (SMALL.ctx + 1), "got 132 tokens, expected 1 to 131"),
+    "two sequences": ([[1, 2], [3, 4]], "2 axes"),
+    "floats": ([1.0, 2.0], "float64"),
+    "a number": (3, "0 axes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_bad_tokens_are_refused_outside_jit(name: str, no_type_checks: None) -> None:
+    """Inside, out-of-range ids would give numbers, and the others errors that tell nothing."""
+    tokens, says = BAD_TOKENS[name]
+    for call in (
+        lambda: logits(PARAMS, tokens, SMALL),
+        lambda: llama(PARAMS, tokens, empty_cache(SMALL, 200, jnp.float32), 0, SMALL),
+    ):
+        with pytest.raises(LlamaError, match=says) as caught:
+            call()
+        assert caught.value.field == "tokens"
+
+
+def test_a_cache_without_room_is_refused_outside_jit() -> None:
+    """Written past its end, keys would replace earlier ones."""
+    cache = empty_cache(SMALL, 9, jnp.float32)
+    with pytest.raises(LlamaError, match="got 9 positions, expected at least 10") as caught:
+        llama(PARAMS, TOKENS, cache, 3, SMALL)
+    assert caught.value.field == "cache"
+
+
+def test_tokens_may_be_a_list(no_type_checks: None) -> None:
+    assert_close(logits(PARAMS, TOKENS.tolist(), SMALL), whole(PARAMS, TOKENS, SMALL), 1e-5)
+
+
+# ---- Properties of a small model with random parameters --------------------------------------------------------------
 
 
 def used_cache(config: Config, ctx: int = len(TOKENS) + 4, dtype: Any = jnp.float32) -> tuple[Cache, ...]:

@@ -1,6 +1,7 @@
 """Part 6: the loss, against llama2.c, the formula in float64 and finite differences."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from jax import numpy as jnp
 from jax.test_util import check_grads
 
 import lovely_llama
-from lovely_llama import Params, logits, loss, shapes
+from lovely_llama import LlamaError, Params, logits, loss, shapes
 from lovely_llama_tools.formats.llama2c import from_llama2c
 
 PARAMS = random_params(SMALL)
@@ -62,6 +63,25 @@ def test_ignored_targets_have_no_effect() -> None:
     assert_close(other_grads, grads, 1e-6)
     nothing, no_grads = value_and_grad(PARAMS, TOKENS, np.full_like(TARGETS, -1))
     assert nothing == 0 and not any(grad.any() for grad in jax.tree.leaves(no_grads))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "field"),
+    [
+        (TOKENS + 29, TARGETS, "tokens"),
+        (TOKENS - 4, TARGETS, "tokens"),
+        (TOKENS, TARGETS + 1, "tokens"),  # of the file "targets"
+        (TOKENS, TARGETS[:, :4], "targets"),
+        (np.ones((2, 200), np.int32), np.ones((2, 200), np.int32), "tokens"),
+        (np.ones((2, 0), np.int32), np.ones((2, 0), np.int32), "tokens"),
+        (TOKENS.astype(np.float32), TARGETS, "tokens"),
+    ],
+)
+def test_bad_batches_are_refused_outside_jit(tokens: Any, targets: Any, field: str, no_type_checks: None) -> None:
+    """An id beyond the vocabulary would be scored as its last."""
+    with pytest.raises(LlamaError) as caught:
+        loss(PARAMS, tokens, targets, SMALL)
+    assert caught.value.field == field
 
 
 def test_loss_is_at_least_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,35 @@ def test_top_p_keeps_the_smallest_set(logits: list[float], p: float) -> None:
     same(got, keep(logits, kept))
 
 
+@pytest.mark.parametrize("vocab", [49_152, 128_256])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 4.0])
+def test_top_p_and_top_k_of_large_vocabularies(vocab: int, spread: float) -> None:
+    """The sets of a sort, in float64. With a spread of 0 all are equal; with 1e-3 there are ties of many."""
+    rng = np.random.default_rng(vocab)
+    logits = np.round(rng.normal(size=vocab) * spread, 3).astype(np.float32)
+    order, weights = np.argsort(-logits, kind="stable"), np.exp(logits.astype(np.float64))
+    sums = np.cumsum((weights / weights.sum())[order])
+    for p in (1e-6, 0.1, 0.5, 0.9, 0.999):
+        kept = np.isfinite(np.asarray(ll.top_p(jnp.array(logits), p)))
+        fewest, most = (np.searchsorted(sums, p * (1 + rounding)) + 1 for rounding in (-1e-5, 1e-5))
+        assert fewest <= kept.sum() <= most
+        assert kept[order[: kept.sum()]].all()
+    for k in (1, 2, 1000, vocab - 1, vocab):
+        kept = np.isfinite(np.asarray(ll.top_k(jnp.array(logits), k)))
+        assert kept.sum() == k and kept[order[:k]].all()
+
+
+@quick
+@given(some_logits, st.integers(0, 2**32 - 1))
+@example(steep, 3)
+def test_categorical_inverts_the_cumulative_distribution(logits: list[float], seed: int) -> None:
+    """Of one uniform number; what has been ruled out is never chosen."""
+    rng = jax.random.key(seed)
+    u, sums = float(jax.random.uniform(rng)), np.cumsum(probabilities(logits))
+    assume(np.abs(sums - u).min() > 1e-5)
+    assert int(ll.categorical(rng, array(logits))) == np.searchsorted(sums, u)
+
+
 @pytest.mark.parametrize(
     ("p", "kept"), [(1e-30, 1), (0.25, 1), (0.250001, 2), (0.5, 2), (0.7, 3), (0.75, 3), (0.999, 4), (1.0, 4)]
 )
@@ -256,3 +285,26 @@ def test_a_chosen_token_is_marked_as_seen() -> None:
     )
     assert token == 1
     assert seen.tolist() == [True, True, False]
+
+
+def test_only_the_set_of_samplers_is_compiled() -> None:
+    """Other values are arguments: a server's users may all have their own."""
+    traced = list[int]()
+
+    @jax.jit
+    def draw(logits: jax.Array, sampling: ll.Sampling) -> jax.Array:
+        traced.append(1)
+        return ll.choose(jax.random.key(0), jnp.array(0), logits, jnp.zeros(4, bool), sampling)[0]
+
+    for temperature, p in ((0.6, 0.9), (0.7, 0.8), (0.0, 0.5), (2.0, 1.0)):
+        draw(jnp.arange(4.0), ll.Sampling(temperature=temperature, top_p=p))
+    assert len(traced) == 1
+    for k in (1, 3, 4):
+        draw(jnp.arange(4.0), ll.Sampling(top_k=k))
+    assert len(traced) == 2
+
+
+def test_the_table_of_samplers_is_that_of_sampling() -> None:
+    assert ll.Sampling._fields == tuple(ll.SAMPLERS)
+    ll.Sampling().check(2)
+    ll.Sampling(1.5, 0.0, 7, 1.0, 1.0).check(7)

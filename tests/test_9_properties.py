@@ -1,6 +1,8 @@
 """Part 9: the properties hold for our model and transformers', and each check fails for a model that violates it."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -76,8 +78,8 @@ def with_heads(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.float64, 1e-13)])
 def test_ours(dtype: Any, bound: float, x64: None) -> None:
     ours = Ours(random_params(SMALL, dtype=dtype), dtype)
-    ll.check_causality(ours.model, TOKENS, SMALL.vocab)
-    ll.check_cache(ours.step, ours.model, TOKENS, bound)
+    ll.check_causality(ours.model, TOKENS.tolist(), SMALL.vocab)
+    ll.check_cache(ours.step, ours.model, TOKENS.tolist(), bound)
     ll.check_rows(ours.rows, ours.model, RAGGED, bound)
     ll.check_heads(with_heads, ours.params, SMALL, TOKENS, bound)
 
@@ -143,6 +145,16 @@ def ordered(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
     return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
 
 
+def uneven(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
+    """Every fourth query head amplified, however they are grouped."""
+
+    def louder(o: Any) -> Any:
+        return o.reshape(len(o), -1, config.head_dim).at[:, ::4].multiply(2).reshape(o.shape)
+
+    blocks = [w._replace(attn=w.attn._replace(o=louder(w.attn.o))) for w in layers_of(params)]
+    return with_heads(params._replace(blocks=tuple(blocks)), config, tokens)
+
+
 # Each with the message that it must produce.
 BROKEN: dict[str, tuple[Callable[[], None], str]] = {
     "a token sees the next": (lambda: causality(lambda t: OURS.model(t)[::-1]), "logits before a change at 1: "),
@@ -160,6 +172,7 @@ BROKEN: dict[str, tuple[Callable[[], None], str]] = {
     "keys of another group": (lambda: heads(crossed), "keys and values repeated for every query head: "),
     "a query head weighted twice": (lambda: heads(biased), "keys and values repeated for every query head: "),
     "a key/value head weighted twice": (lambda: heads(ordered), "key/value heads in another order: "),
+    "amplified query head": (lambda: heads(uneven), "query heads in another order: "),
 }  # fmt: skip
 
 
@@ -168,3 +181,10 @@ def test_each_check_can_fail(name: str) -> None:
     broken, says = BROKEN[name]
     with pytest.raises(AssertionError, match=re.escape(says)):
         broken()
+
+
+def test_checks_fail_without_assertions_too() -> None:
+    """`python -O` leaves out every assert statement."""
+    code = "import numpy as np, lovely_llama as ll; ll.check_causality(lambda t: np.eye(9)[t[::-1]], range(5), 9)"
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "AssertionError: logits at a change at 0" in done.stderr

@@ -1,7 +1,13 @@
-"""The README and docs/ are correct: commands and examples run, names exist, tables and counts are up to date."""
+"""The README and docs/ are correct: commands and examples run, names exist, tables and counts are up to date.
 
+What needs only the packages that the README's `pip` lines install runs in .venv/readme, which `./dev test` makes by
+these lines. It has a copy of the project, made once, so this tree goes before it in PYTHONPATH.
+"""
+
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,41 +20,137 @@ import pytest
 import torch
 from asserts import assert_close
 from mutants import MUTANTS
+from test_dev import load_dev
 
 import lovely_llama
+from lovely_llama_tools import commands, files
 
 ROOT = Path(__file__).parents[1]
+DEV = load_dev()
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SECTIONS = re.split(r"^## ", README, flags=re.MULTILINE)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # ---- The README ------------------------------------------------------------------------------------------------------
 
+# The examples, each with the packages that its section names besides those of the `pip` lines.
+EXAMPLES = [
+    (example, " ".join(re.findall(r"`pip install ([\w ]+)`", section)).split())
+    for section in SECTIONS
+    for example in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+]
+PRINTED = [
+    r"260032 \(5, 512\)\n.*Paris.*",
+    r"\(5, 64\)\n.*lovely_llama\.rms_norm.*\n",
+    r"relative error \d\.\de-\d\d\ncausal\n",
+]
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.splitlines()[0] for example in EXAMPLES])
-def test_examples_run(example: str) -> None:
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=300, check=False)
+
+@pytest.fixture(scope="module")
+def programs() -> Path:
+    """The programs of .venv/readme."""
+    assert DEV.readme_mark().exists(), ".venv/readme is missing, or not as the README now says: run ./dev test"
+    return DEV.README / "bin"
+
+
+def run(programs: Path, *command: str | Path, cwd: Path, text: str = "") -> "subprocess.CompletedProcess[str]":
+    """A command that succeeds, in an environment but for the sources of this tree."""
+    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=300, cwd=cwd, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    return done
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command: str) -> None:
-    """Except `./dev` by itself, which would run this test again."""
-    program, *arguments = shlex.split(command)
-    if program == "./dev" and not arguments:
+@pytest.mark.parametrize(
+    ("example", "packages", "printed"),
+    [(*example, printed) for example, printed in zip(EXAMPLES, PRINTED, strict=True)],
+    ids=["library", "shapes", "check"],
+)
+def test_examples_run(example: str, packages: list[str], printed: str, programs: Path, tmp_path: Path) -> None:
+    """With packages that have to be installed besides, in the tests' environment; all others are in .venv/readme."""
+    imports = {*re.findall(r"^ *(?:from|import) (\w+)", example, re.MULTILINE)} - {*packages}
+    run(programs, programs / "python", "-c", f"import {', '.join(imports)}", cwd=tmp_path)
+    own = Path(sys.executable).parent if packages else programs
+    output = run(own, own / "python", "-c", example, cwd=tmp_path).stdout
+    assert re.fullmatch(printed, output, re.DOTALL), output
+    for error in re.findall(r"relative error (\S+)", output):
+        assert float(error) <= expected_error()[1]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "./dev"])
+def test_commands_run(command: str, programs: Path, tmp_path: Path) -> None:
+    """As a shell runs them. `./dev` by itself, which would run this test again, is left out."""
+    if command.startswith("pip "):
+        assert shlex.split(command)[2:] in [step[:-2] for step in DEV.readme_steps()]  # but for the versions
         return
-    arguments += ["--max-new", "4"] * ("chat" in arguments)  # an answer could otherwise fill the context
-    if program == "./dev":
-        run = [sys.executable, str(ROOT / "dev"), *arguments]
-    else:
-        run = [str(Path(sys.executable).with_name(program)), *arguments]
-    done = subprocess.run(
-        run, input="Hello\n/bye\n", capture_output=True, text=True, timeout=300, cwd=ROOT.parent, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    script = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'dev'))}"
+    command = re.sub(r"^\./dev", script, command) + " --max-new 4"  # an answer could otherwise fill the context
+    conversation = "/help\nHello\n/bye\n" if "--system" in command else ""
+    (tmp_path / "LICENSE").symlink_to(ROOT / "LICENSE")
+    done = run(programs, "sh", "-c", command, cwd=tmp_path, text=conversation)
     assert done.stdout.strip()
+    assert ("; new 4, " in done.stderr) == ("--quiet" not in command)
+    assert (commands.HELP in done.stderr) == bool(conversation)
+
+
+def test_pip_installs_every_module(programs: Path) -> None:
+    """`pip` copies the project: each module of this tree has a copy."""
+    code = "import lovely_llama; print(lovely_llama.__file__)"
+    command = [programs / "python", "-I", "-c", code]  # -I: without PYTHONPATH
+    copies = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()).parent
+    modules = [path.relative_to(ROOT) for path in ROOT.glob("lovely_llama_tools/**/*.py")]
+    assert copies != ROOT and modules
+    assert not [path for path in modules if not (copies / path).exists()]
+
+
+def test_the_default_model_is_the_same_everywhere() -> None:
+    """In the README, in ./dev, and in what is said where it is missing."""
+    line = f"pip install {shlex.join(DEV.SMOLLM2)}"
+    assert line in COMMANDS and line in Path(files.__file__).read_text()
+
+
+def expected_error() -> tuple[float, float]:
+    """The figure of docs/numerics.md for a program's logits that the README gives, and the sum for two."""
+    figures = re.search(r"are (\S+) from float64 in either program: up\s+to\s+the\s+sum, (\S+), is rounding", README)
+    assert figures
+    return float(figures[1]), float(figures[2])
+
+
+def test_the_expected_error_is_that_of_the_table() -> None:
+    """Within a factor of 2, as the table itself."""
+    one, two = expected_error()
+    _, table, _ = numerics.split(numerics.PAGE.read_text())
+    rows = [line.split("|") for line in table.splitlines() if re.match(r"\| [48] layers ", line)]
+    assert len(rows) == 2
+    for figure in (float(cell) for row in rows for cell in row[2:4]):
+        assert 1 / 2 <= figure / one <= 2
+    assert two == pytest.approx(2 * one)
+
+
+def test_a_sampler_is_added_as_described(tmp_path: Path) -> None:
+    """A function, a row of the table and a field: the command has an option for it, and it acts."""
+    source = Path(lovely_llama.__file__).read_text()
+    function = "def sparse(logits, n):\n    return jnp.where(jnp.arange(len(logits)) % n, -jnp.inf, logits)\n\n\n"
+    row = '    "sparse": Sampler(lambda x, _, n: sparse(x, n), "keep every n-th token", 1, None),\n'
+    for added, before in (
+        (function, "def categorical("),
+        (row, "}  # fmt: skip\n\n\nclass Sampling("),
+        ("    sparse: int | None = None\n", '\n    def __call__(self, logits: Float[Array, " vocab"], seen'),
+    ):
+        assert source.count(before) == 1, before
+        source = source.replace(before, added + before)
+    (tmp_path / "lovely_llama.py").write_text(source)
+    shutil.copytree(ROOT / "lovely_llama_tools", tmp_path / "lovely_llama_tools")
+    code = (
+        "import jax.numpy as jnp; from lovely_llama import Sampling; from lovely_llama_tools import commands\n"
+        "print(Sampling(None, None, None, None, None, sparse=2)(jnp.zeros(4), jnp.zeros(4, bool)))\n"
+        "commands.main(['generate', '--help'])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.startswith("[  0. -inf   0. -inf]"), done.stderr
+    assert re.search(r"--sparse N +keep every n-th token", done.stdout)
 
 
 def test_the_readme_is_short() -> None:
@@ -61,22 +163,33 @@ def test_the_fault_counts_are_correct() -> None:
     assert counts and [*map(int, counts.groups())] == [len(MUTANTS), happened]
 
 
+def own_files() -> list[Path]:
+    """What the repository consists of, without environments, caches and build outputs."""
+    tops = [path for path in ROOT.iterdir() if not re.match(r"\.|build$|.*\.egg-info$", path.name)]
+    return [path for top in tops for path in (top, *top.rglob("*")) if "upstream" not in path.parts]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_and_links_exist(page: Path) -> None:
-    """Links resolve, and paths and names in backticks exist in the repository."""
-    text = page.read_text()
+    """Links resolve, and paths and names in backticks exist in the repository; no link leads to a package registry."""
+    text, present = page.read_text(), own_files()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (page.parent / link).exists(), link
-    code = "".join(path.read_text() for path in ROOT.glob("**/*.py") if ".venv" not in path.parts)
+    registries = r"pypi|pythonhosted|anaconda|conda-forge|npmjs|crates\.io|docs\.rs|rubygems|pkg\.go\.dev"
+    for url in re.findall(r"https?://[^\s)>\"]+", text):
+        assert not re.search(registries, url), url
+    paths = {str(path.relative_to(ROOT)) for path in present}
+    code = "".join(path.read_text() for path in present if path.suffix == ".py" and path != Path(__file__))
     for name in re.findall(r"`([\w/.]+)`", text):
-        path, found = name.rstrip("/"), [*ROOT.glob(f"**/{name.rstrip('/')}")]
-        assert found or re.search(rf"\b{re.escape(path)}\b", code), name
+        path = name.rstrip("/")
+        found = any(f"/{known}".endswith(f"/{path}") for known in paths)
+        assert found or re.search(rf"(?<!\w){re.escape(path)}(?!\w)", code), name
 
 
 def test_every_part_is_listed() -> None:
     rulers = re.findall(r"^# ---- \d+\. ([\w ]+)", Path(lovely_llama.__file__).read_text(), re.MULTILINE)
-    listed = re.search(r"nine parts, read from the top: ([^|]+) \|", README)
-    assert listed and [part.strip().lower() for part in rulers] == listed[1].split(", ")
+    listed = re.search(r"nine parts, read from the top: ([^.]+)\.", README)
+    assert listed and [part.strip().lower() for part in rulers] == re.split(r",\s+", listed[1])
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
@@ -84,13 +197,35 @@ def test_every_part_is_listed() -> None:
 
 def test_the_speed_tables_have_every_row_and_floor() -> None:
     """The figures, from one machine on one day, are not compared; ./dev bench --write updates them."""
-    table = bench.PAGE.read_text().split(bench.BEGIN)[1].split(bench.END)[0]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines() if line[:1] == "|"]
-    shown = {(work, floor.removesuffix(" **missed**")) for work, _, _, _, _, floor, _ in lines[2:]}
+    sections = bench.PAGE.read_text().split(bench.BEGIN)[1].split(bench.END)[0].split("\n### ")[1:]
     expected = {(work, floor) for work, (_, floors) in bench.ROWS.items() for floor in floors.values()}
-    assert {row for row in shown if row[1] != "–"} == expected, "docs/performance.md is stale: run ./dev bench --write"
+    shown = [{(line[0], line[5].removesuffix(" **missed**")) for line in rows(section)} for section in sections]
+    floors = [{(work, floor) for work, floor in section if floor != "–"} for section in shown]
+    assert all(section <= expected for section in floors), "docs/performance.md: a row or floor that is no more"
+    assert expected in floors, "docs/performance.md is stale: run ./dev bench --write"
     short = README.split(bench.SHORT[0])[1].split(bench.SHORT[1])[0]
-    assert [line.split("|")[1].strip() for line in short.splitlines() if line[:1] == "|"][2:] == [*bench.IN_README]
+    assert [line[0] for line in rows(short)] == [*bench.IN_README]
+
+
+def rows(markdown: str) -> list[list[str]]:
+    """The cells of a table's rows, without its head."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+def test_a_machine_replaces_its_own_section() -> None:
+    """Sections of other processors, and of the same with other products, stay as they are."""
+
+    def made(name: str, torch: int, jax: int, row: str) -> str:
+        return f"### {name}, matrix products of {torch} GFLOP/s in torch and {jax} in jax\n\n| {row} |"
+
+    page = f"before\n{bench.BEGIN}\n{bench.END}\nafter\n"
+    machines = [made("A", 180, 400, "1"), made("A", 130, 130, "2"), made("B", 130, 130, "3")]
+    for section in machines:
+        page = bench.with_section(page, section)
+    assert page == "\n".join(["before", bench.BEGIN, "\n\n".join(machines), bench.END, "after", ""])
+    again = made("A", 120, 150, "4")
+    assert bench.with_section(page, again) == page.replace(machines[1], again)
 
 
 # ---- Numerics --------------------------------------------------------------------------------------------------------

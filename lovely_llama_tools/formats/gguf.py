@@ -4,6 +4,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-from lovely_llama import Config, LlamaError, check, check_config
+from lovely_llama import Config, LlamaError, check, check_tensors, rope_frequencies
 
 from ..extras import extra
-from ..layout import GGUF, all_tensors, check_tensors, from_named, rope_scaling
-from ..tokens import Tokenizer, byte_level_bpe
-from . import Model, check_memory, finite
+from ..layout import GGUF, all_tensors, from_named, rope_scaling
+from ..tokens import Tokenizer, byte_level_bpe, template_environment
+from . import Model, blamed_on, check_memory, finite
+
+FREQUENCIES = "rope_freqs.weight"  # by what llama.cpp divides the frequencies of rotary pairs
 
 
 def gguf_field(fields: Mapping[str, Any], name: str, path: Path, *default: Any) -> Any:
@@ -100,27 +103,28 @@ def gguf_config(fields: Mapping[str, Any], found: Mapping[str, tuple[tuple[int, 
     kv_heads = field("llama.attention.head_count_kv", int, heads)
     must("llama.attention.head_count_kv", kv_heads, kv_heads > 0 and heads % kv_heads == 0, f"a divisor of {heads}")
     head_dim = field("llama.attention.key_length", int, dim // heads)
-    rotated = field("llama.rope.dimension_count", int, head_dim)
-    must("llama.rope.dimension_count", rotated, rotated == head_dim, head_dim)
+    for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        width = field(name, int, head_dim)
+        must(name, width, width == head_dim, head_dim)
     names = {"type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings"}
     scaling = {ours: fields[key] for name, ours in names.items() if (key := f"llama.rope.scaling.{name}") in fields}
     if scaling.get("rope_type") == "none":
         scaling = {}
-    config = Config(
-        vocab=found["token_embd.weight"][0][0],
-        dim=dim,
-        layers=size("llama.block_count"),
-        kv_heads=kv_heads,
-        q_per_kv=heads // kv_heads,
-        head_dim=head_dim,
-        hidden_dim=size("llama.feed_forward_length"),
-        ctx=size("llama.context_length"),
-        eps=float(f"{field('llama.attention.layer_norm_rms_epsilon', float):.7g}"),  # 1e-05 again, after float32
-        theta=field("llama.rope.freq_base", float, 1e4),
-        rope_scaling=rope_scaling(scaling, path),
-        tied="output.weight" not in found,
-    )
-    check_config(config, path)
+    with blamed_on(path):
+        config = Config(
+            vocab=found["token_embd.weight"][0][0],
+            dim=dim,
+            layers=size("llama.block_count"),
+            kv_heads=kv_heads,
+            q_per_kv=heads // kv_heads,
+            head_dim=head_dim,
+            hidden_dim=size("llama.feed_forward_length"),
+            ctx=size("llama.context_length"),
+            eps=float(f"{field('llama.attention.layer_norm_rms_epsilon', float):.7g}"),  # 1e-05 again, after float32
+            theta=field("llama.rope.freq_base", float, 1e4),
+            rope_scaling=rope_scaling(scaling, path),
+            tied="output.weight" not in found,
+        )
     asked |= {f"llama.rope.scaling.{name}" for name in names}
     unknown = [name for name in fields if name.startswith("llama.") and name not in asked]
     must(", ".join(unknown), "a value", not unknown, "no unknown field")
@@ -149,17 +153,19 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
         ("token_type", kinds, int, vocab),
         ("merges", merges, str, None),
     ):
-        right = list is type(values) and all(type(value) is kind for value in values) and n in (None, len(values))
-        must(name, f"{len(values)} values", right, f"{n or 'any number'} of type {kind.__name__}")
+        expected = f"{n or 'any number'} of type {kind.__name__}"
+        must(name, f"a value of type {type(values).__name__}", type(values) is list, expected)
+        right = all(type(value) is kind for value in values) and n in (None, len(values))
+        must(name, f"{len(values)} values", right, expected)
     normal, control = 1, 3
     must("token_type", set(kinds), set(kinds) <= {normal, 2, control, 4, 5, 6}, "1 to 6")
     for name, i in (("bos_token_id", bos), ("eos_token_id", eos)):
-        must(name, i, i is None or (type(i) is int and i < vocab), f"an id below {vocab}")
+        must(name, i, i is None or (type(i) is int and 0 <= i < vocab), f"an id from 0 to {vocab - 1}")
     must("add_bos_token", adds_bos, type(adds_bos) is bool, "true or false")
     check("tokenizer.chat_template", template, template is None or type(template) is str, "a text", path)
     must("bos_token_id", "none", bos is not None or not adds_bos, "an id, as add_bos_token is true")
     try:
-        extra("jinja2", "chat").Environment().parse(template or "")
+        template_environment().parse(template or "")
     except Exception as error:
         raise LlamaError(path, "tokenizer.chat_template", "a syntax error", "a jinja2 template") from error
     specials = {name: i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind != normal}
@@ -167,7 +173,7 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
     ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>") if name in specials]
     tokenizer = byte_level_bpe(names, merges, specials, controls, must)
     stops = frozenset({*ends, eos} - {None})
-    return tokenizer._replace(stops=stops, bos=bos, adds_bos=adds_bos, template=template)
+    return tokenizer._replace(stops=stops, bos=bos, eos=eos, adds_bos=adds_bos, template=template)
 
 
 def load_gguf(file: BinaryIO, path: Path) -> Model:
@@ -175,7 +181,9 @@ def load_gguf(file: BinaryIO, path: Path) -> Model:
     lib, must = extra("gguf", "chat"), partial(check, file=path)
     fields, found, data = scan_gguf(file, path)
     config = gguf_config(fields, found, path)
-    check_tensors(all_tensors(GGUF, config), {name: shape for name, (shape, _, _) in found.items()}, path)
+    frequencies = {FREQUENCIES: (config.head_dim // 2,)} if FREQUENCIES in found else {}
+    expected = all_tensors(GGUF, config) | frequencies
+    check_tensors(expected, {name: shape for name, (shape, _, _) in found.items()}, path)
     end, places = os.fstat(file.fileno()).st_size, dict[str, tuple[int, int]]()
     for name, (shape, kind, offset) in found.items():
         must(name, f"type {kind}", kind in set(lib.GGMLQuantizationType), "a type that the gguf package knows")
@@ -198,4 +206,8 @@ def load_gguf(file: BinaryIO, path: Path) -> Model:
         except NotImplementedError as error:
             raise LlamaError(path, name, lib.GGMLQuantizationType(kind).name, "a type of weights") from error
 
+    if frequencies:
+        unscaled = rope_frequencies(replace(config, rope_scaling=None))
+        same = np.allclose(get(FREQUENCIES), np.asarray(unscaled / rope_frequencies(config)), rtol=1e-5, atol=0)
+        must(FREQUENCIES, "other frequencies", same, "those that the scaling in llama.rope gives")
     return Model(config, from_named(GGUF, get, config), tokenizer)

@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jax import numpy as jnp
 from jaxtyping import Float
 
-from lovely_llama import Config, Params, check, check_config, count
+from lovely_llama import Config, Params, check, count
 
-from ..layout import LLAMA2C, NAMES, all_tensors, from_named, to_named
+from ..layout import LLAMA2C, NAMES, all_tensors, from_arrays, from_named, to_arrays
 from ..tokens import sentencepiece_tokenizer
-from . import Model, check_memory, finite, open_file
+from . import Model, blamed_on, check_memory, finite, open_file
 
 
 def from_llama2c(arrays: Mapping[str, Any], config: Config) -> Params:
     """Parameters from arrays named as in llama2.c's model.py: each a pure reshape, and a copy."""
-    return from_named(LLAMA2C, lambda name: jnp.array(arrays[name]), config)
+    return from_arrays(LLAMA2C, arrays, config)
 
 
 def to_llama2c(params: Params, config: Config) -> dict[str, Float[np.ndarray, "..."]]:
     """Arrays named as in llama2.c's model.py."""
-    return to_named(LLAMA2C, params)
+    return to_arrays(LLAMA2C, params, config)
 
 
 def load_llama2c(file: BinaryIO, path: Path) -> Model:
@@ -36,8 +35,6 @@ def load_llama2c(file: BinaryIO, path: Path) -> Model:
     are not read.
     """
     must, size, header = partial(check, file=path), os.fstat(file.fileno()).st_size, file.read(28)
-    others = {b"24ka": "llama2.c version 1 or 2", b"PK\3\4": "a zip file", b"<!do": "HTML", b"<!DO": "HTML"}
-    must("contents", others.get(header[:4]), header[:4] not in others, "a GGUF or llama2.c's version 0")
     must("size", f"{size} bytes", len(header) == 28, "at least 28")
     fields = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
     numbers = dict(zip(fields, struct.unpack("<7i", header), strict=True))
@@ -47,8 +44,8 @@ def load_llama2c(file: BinaryIO, path: Path) -> Model:
     must("n_heads", heads, dim % heads == 0, f"a divisor of dim, {dim}")
     must("n_kv_heads", kv_heads, heads % kv_heads == 0, f"a divisor of n_heads, {heads}")
     shape = (abs(vocab), dim, layers, kv_heads, heads // kv_heads, dim // heads, hidden_dim, ctx)
-    config, other = (Config(*shape, 1e-5, 1e4, None, tied) for tied in (vocab > 0, vocab < 0))
-    check_config(config, path)
+    with blamed_on(path):
+        config, other = (Config(*shape, 1e-5, 1e4, None, tied) for tied in (vocab > 0, vocab < 0))
     tables = ctx * config.head_dim
     need, hint = (28 + 4 * (count(c) + tables) for c in (config, other))
     must("size", f"{size} bytes", size == need, f"{need}" + " (or the other sign of vocab_size)" * (size == hint))

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +33,15 @@ import torch
 import transformers
 from builders import write_llama2c
 from jax import numpy as jnp
+from transformers.generation.streamers import BaseStreamer
 
 import lovely_llama as ll
+from lovely_llama_tools.chat import chat_prompt
 from lovely_llama_tools.files import default_model, load
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.formats.hugging_face import from_hf
 from lovely_llama_tools.formats.llama2c import to_llama2c
-from lovely_llama_tools.generate import PREFILL, Session, read, read_layer
+from lovely_llama_tools.generate import Session, read, read_layer
 from lovely_llama_tools.tokens import Tokenizer
 
 THREADS, BUSY, BUSY_IN = 2, 0.2, "The machine was busy, spread or others above 20 %, in"
@@ -149,10 +152,9 @@ class Pair(NamedTuple):
 
     def ours(self, n: int) -> list[int]:
         """Decode as `generate` does, with a cache of 1024 positions, but with argmax in place of sampling."""
-        self.session.reserve(1024 - PREFILL[-1])
-        tokens = self.session.rewind([1])
+        tokens = [1]
         for _ in range(n):
-            tokens.append(int(np.asarray(self.session.feed(tokens[-1:])).argmax()))
+            tokens.append(int(np.asarray(self.session.logits(tokens)).argmax()))
         return tokens
 
     @torch.inference_mode()
@@ -171,7 +173,7 @@ def pair(name: str) -> Pair:
         path, auto = default_model(), transformers.AutoModelForCausalLM
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
             oracle = auto.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-        return Pair(Session(load(path)), oracle)
+        return Pair(roomy(load(path)), oracle)
     torch.manual_seed(0)
     config = replace(ll.CONFIGS[f"stories{name.lower()}"], ctx=4096)  # room for 2048 tokens and padding
     oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -185,7 +187,14 @@ def pair(name: str) -> Pair:
         oracle.model.embed_tokens.weight[1] = oracle.model.embed_tokens.weight[2] / 2
     params = from_hf({name: p.detach().numpy() for name, p in oracle.named_parameters()}, config)
     silent = Tokenizer(lambda text, special: [], [b""] * config.vocab, {}, frozenset(), None, False, b"", None)
-    return Pair(Session(Model(config, params, silent)), oracle)
+    return Pair(roomy(Model(config, params, silent)), oracle)
+
+
+def roomy(model: Model) -> Session:
+    """A session whose cache has grown to 1024 positions."""
+    session = Session(model)
+    session.logits([2] * 900)
+    return session
 
 
 def llama2c(model: Model, n: int, folder: Path) -> Work:
@@ -267,12 +276,12 @@ def decode_far(turns: int, name: str) -> Iterator[Against]:
 
 def prefill(turns: int, name: str, n: int) -> Iterator[Against]:
     """Read a prompt up to the logits after its last token, as either `generate` does first."""
-    oracle, tokens = pair(name).oracle, np.random.default_rng(0).integers(3, 32000, n).tolist()
-    session = Session(pair(name).session.model)  # a new one, since its cache may grow
+    oracle, tokens = pair(name).oracle, [3, *np.random.default_rng(0).integers(3, 32000, n - 1).tolist()]
+    session, turn = Session(pair(name).session.model), count()  # a new one, since its cache may grow
 
     def ours() -> Any:
-        session.rewind(tokens[:1])
-        return session.feed(tokens)
+        """Another first token each time, so that nothing of it is in the cache."""
+        return session.logits([3 + next(turn) % 2, *tokens[1:]])
 
     @torch.inference_mode()
     def theirs() -> torch.Tensor:
@@ -358,6 +367,77 @@ def chat(turns: int) -> Iterator[Against]:
         yield Against(f"memory, cache {state}; the weights", "MB", run[:, 2] - jaxes[:, 2], weights)
 
 
+STORY = "Tell me a long story about a lighthouse keeper and the sea."
+WAITS = """
+import os, subprocess, sys, time
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+times = []
+while os.read(child.stdout.fileno(), 65536):
+    times.append(time.perf_counter())
+print(*(b - a for a, b in zip(times[2:], times[3:])), file=sys.stdout)
+print(child.stderr.read().decode(), file=sys.stderr)
+sys.exit(child.wait())
+"""
+
+
+def waits(n: int, *options: str, cache: str) -> "np.ndarray[Any, Any]":
+    """The seconds between the texts of a chat of n tokens as they arrive, after the third."""
+    door = str(Path(sys.executable).with_name("lovely-llama"))
+    command = [sys.executable, "-c", WAITS, door, "chat", STORY, "--seed", "1", "--max-new", str(n), *options]
+    environment = os.environ | {"XDG_CACHE_HOME": cache}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"new {n}," in done.stderr, done.stderr
+    return np.array(done.stdout.split(), float)
+
+
+def chat_at_length(turns: int, n: int) -> Iterator[Against]:
+    """Median tokens per second of a chat with default sampling, and its longest wait for one of them.
+
+    Beside it, our own with the likeliest token each time, and `generate` of transformers with the same sampling. The
+    wait is the longer of two: with no program compiled before, and with all of them.
+    """
+    turns = min(turns, 2)  # each takes n tokens
+    oracle, sampling = pair("SmolLM2").oracle, ll.Sampling()
+    tokenizer = pair("SmolLM2").session.model.tokenizer
+    prompt = torch.tensor([chat_prompt(tokenizer, [{"role": "user", "content": STORY}])])
+    longest, medians = list[float](), list[float]()
+
+    def speed(*options: str, cache: str) -> float:
+        found = waits(n, *options, cache=cache)
+        if not options:
+            longest.append(1000 * float(found.max()))
+            medians.append(1000 * float(np.median(found)))
+        return 1 / float(np.median(found))
+
+    def theirs() -> float:
+        times = list[float]()
+
+        class Clock(BaseStreamer):
+            def put(self, value: Any) -> None:
+                times.append(time.perf_counter())
+
+            def end(self) -> None: ...
+
+        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "do_sample": True}
+        with torch.inference_mode():
+            oracle.generate(prompt, max_new_tokens=n, min_new_tokens=n, streamer=Clock(), **settings)
+        assert len(times) == n + 1, times
+        return 1 / float(np.median(np.diff(times[3:])))
+
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = (f"{folder}/{turn}" for turn in count())
+        kept = f"{folder}/kept"
+        contenders = [
+            partial(speed, cache=kept), partial(speed, "--temperature", "0", cache=kept), theirs,
+            lambda: speed(cache=next(fresh)),
+        ]  # fmt: skip
+        ours, greedy, peer, _ = take_turns(turns, *contenders)
+    yield Against("temperature 0", "tokens/s", ours, greedy)
+    yield Against("transformers", "tokens/s", ours, peer)
+    for state, first in (("filled", 2), ("empty", 3)):  # after those of the warm-up turn
+        yield Against(f"longest wait, cache {state}; the median", "ms", longest[first::2], medians[first::2])
+
+
 def imports(turns: int) -> Iterator[Against]:
     ours = partial(child, sys.executable, "-c", "import lovely_llama")
     yield Against("import jax", "s", *take_turns(turns, ours, IMPORT_JAX)[:, :, 1])
@@ -384,15 +464,19 @@ ROWS: dict[str, tuple[Callable[[int], Iterable[Against]], dict[str, str]]] = {
     "chat with SmolLM2": (chat, {
         "first token, cache empty": "≤ 20 s", "memory, cache empty; the weights": "≤ 1.4 ×",
         "first token, cache filled": "≤ 5 s", "memory, cache filled; the weights": "≤ 1.4 ×"}),
+    "chat with SmolLM2 (400 tokens)": (partial(chat_at_length, n=400), {
+        "temperature 0": "≥ 0.9 ×", "transformers": "≥ 1.5 ×", "longest wait, cache filled; the median": "≤ 5 ×",
+        "longest wait, cache empty; the median": "≤ 5 ×"}),
     "import lovely_llama": (imports, {"import jax": "≤ 0.3 s more"}),
     "compile gradients (32 layers stacked)": (compiling, {"4 layers": "≤ 1.5 ×"}),
 }  # fmt: skip
 
-# The rows shown in the README, each against its first peer.
+# The rows shown in the README, each against one peer.
 IN_README = {
-    "decode SmolLM2": "decode SmolLM2 (100 tokens)", "read a prompt of 2048, 110M": "prefill 110M (2048 tokens)",
-    "gradients of 8 × 256 tokens, 15M": "gradients 15M (8×256)",
-    "gradients of 2 × 256 tokens, 110M": "gradients 110M (2×256)",
+    "chat with SmolLM2, 400 tokens": ("chat with SmolLM2 (400 tokens)", "transformers"),
+    "read a prompt of 2048, 110M": ("prefill 110M (2048 tokens)", "transformers"),
+    "gradients of 8 × 256 tokens, 15M": ("gradients 15M (8×256)", "torch eager"),
+    "gradients of 2 × 256 tokens, 110M": ("gradients 110M (2×256)", "torch eager"),
 }  # fmt: skip
 
 # ---- The report ------------------------------------------------------------------------------------------------------
@@ -426,11 +510,42 @@ def for_readme(lines: list[dict[str, Any]]) -> str:
     """The README's table in Markdown, and the machine it was measured on."""
     head = "| work | here | transformers | ratio |"
     rows = [head, "|---" * (head.count("|") - 1) + "|"]
-    for name, work in IN_README.items():
-        line = next(line for line in lines if line["work"] == work)
+    for name, (work, peer) in IN_README.items():
+        line = next(line for line in lines if (line["work"], line["peer"]) == (work, peer))
         ours, theirs = (f"{median:,.0f} {line['unit']}" for median in line["medians"])
         rows.append(f"| {name} | {ours} | {theirs} | {line['value']:.2f} |")
-    return "\n".join([*rows, "", f"float32 on {THREADS} cores of {processor()}."])
+    return "\n".join([*rows, "", f"float32 on {THREADS} cores of {machine_of(lines)}."])
+
+
+SECTION = re.compile(r"^### (.+), matrix products of (\d+) GFLOP/s in torch and (\d+) in jax$", re.MULTILINE)
+
+
+def machine_of(lines: list[dict[str, Any]]) -> str:
+    """The processor and its two matrix-product figures, without which a ratio says little."""
+    products = [float(np.median([line["machine"][i] for line in lines])) for i in (1, 2)]
+    return "{}, matrix products of {:.0f} GFLOP/s in torch and {:.0f} in jax".format(processor(), *products)
+
+
+def with_section(page: str, made: str) -> str:
+    """A page with a machine's section replaced by the one made, or added at the end; all others stay.
+
+    Sections are of the same machine if they name the same processor, and both figures agree within a quarter.
+    """
+    begin, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    sections = [part.strip() for part in re.split(r"^(?=### )", page[begin:end], flags=re.MULTILINE) if part.strip()]
+
+    def named(section: str) -> tuple[str, float, float]:
+        found = SECTION.match(section)
+        assert found, section
+        return found[1], float(found[2]), float(found[3])
+
+    def alike(section: str) -> bool:
+        (name, *old), (other, *new) = named(section), named(made)
+        return name == other and all(4 / 5 <= a / b <= 5 / 4 for a, b in zip(old, new, strict=True))
+
+    place = next((i for i, section in enumerate(sections) if alike(section)), len(sections))
+    sections[place : place + 1] = [made]
+    return page[:begin] + "\n" + "\n\n".join(sections) + "\n" + page[end:]
 
 
 def processor() -> str:
@@ -449,7 +564,11 @@ def main() -> int:
     parser.add_argument("--runs", metavar="N", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--compile", action="store_true", help="hold the gradients against torch.compile too")
     parser.add_argument("--json", action="store_true", help="everything measured, in place of the table")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="update this machine's section of docs/performance.md",
+    )
     args = parser.parse_args()
     chosen = [row for row in ROWS if any(part.lower() in row.lower() for part in args.only.split(","))]
     if not chosen or args.runs < 1:
@@ -490,7 +609,7 @@ def main() -> int:
         if where:
             print(what, "; ".join(where), file=sys.stderr)
     if args.write:
-        PAGE.write_text(replaced(PAGE.read_text(), BEGIN, END, table))
+        PAGE.write_text(with_section(PAGE.read_text(), f"### {machine_of(lines)}\n\n{table}"))
         README.write_text(replaced(README.read_text(), *SHORT, for_readme(lines)))
     return 1 if busy or missed else 0
 

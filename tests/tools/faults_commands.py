@@ -83,7 +83,7 @@ def accepts_text(world: World) -> None:
 
 # ---- G2: stdout ------------------------------------------------------------------------------------------------------
 
-BARE_MAIN = {"lovely_llama_tools.__main__:main": "lambda: talk(arguments().parse_args(sys.argv[1:])) or 0"}
+BARE_MAIN = {"lovely_llama_tools.commands:main": "lambda: talk(arguments().parse_args(sys.argv[1:])) or 0"}
 
 
 def finish(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
@@ -141,7 +141,7 @@ IN_C = (
     "lambda *_, **__: (c := __import__('ctypes'), lock := c.CDLL(None).pthread_mutex_lock, "
     "at := c.create_string_buffer(64), lock(at), __import__('pathlib').Path({mark!r}).touch(), lock(at))"
 )
-PYTHONS_OWN = {"lovely_llama_tools.__main__:end_on_interrupt": "lambda: None"}
+PYTHONS_OWN = {"lovely_llama_tools.__main__:leave_on_interrupt": "lambda: None"}
 
 
 def interrupt(process: "subprocess.Popen[bytes]") -> None:
@@ -280,8 +280,9 @@ def numbers_of_all_kinds(world: World) -> None:
 # ---- The cases -------------------------------------------------------------------------------------------------------
 
 LOAD, GENERATE = "lovely_llama_tools.commands:load", "lovely_llama_tools.commands:generate"
-NOTHING_KEPT = {"lovely_llama_tools.__main__:run": "main"}
-STRICT = {"lovely_llama_tools.__main__:run": "lambda: [s.reconfigure() for s in (sys.stdout, sys.stderr)] and main()"}
+MAIN = "__import__('lovely_llama_tools.commands').commands.main()"
+NOTHING_KEPT = {"lovely_llama_tools.__main__:run": f"lambda: {MAIN}"}
+STRICT = {"lovely_llama_tools.__main__:run": f"lambda: [s.reconfigure() for s in (sys.stdout, sys.stderr)] and {MAIN}"}
 
 CASES: dict[str, Case] = {
     "G1": Case(

@@ -3,22 +3,27 @@
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pytest
 from builders import write_talker
 
-from lovely_llama import Sampling
+from lovely_llama import LlamaError, Sampling, __version__
 from lovely_llama_tools import commands
-from lovely_llama_tools.generate import Generation
+from lovely_llama_tools.__main__ import PROGRAMS
+from lovely_llama_tools.files import load
+from lovely_llama_tools.generate import Generation, generate
 from lovely_llama_tools.tokens import Tokenizer
 
 PROGRAM = Path(sys.executable).with_name("lovely-llama")
-SPEEDS = r"prompt \d+ tokens, [\d.]+/s; new (\d+), [\d.]+/s; (ended|cut at --max-new|cut where the context ends)"
+ENDS = "ended|cut at --max-new|cut where the context ends|interrupted"
+SPEEDS = rf"prompt \d+ tokens(?: \((\d+) cached\))?, ([\d.]+)/s; new (\d+), [\d.]+/s; ({ENDS})"
 PATIENCE = 60  # seconds: the machine may be busy
 
 
@@ -33,6 +38,12 @@ def call(*arguments: object, say: str = "") -> Done:
     command = [str(PROGRAM), *map(str, arguments)]
     done = subprocess.run(command, input=say, capture_output=True, text=True, timeout=PATIENCE, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a context of 64."""
+    return write_talker(tmp_path_factory.mktemp("talker") / "talker.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +71,8 @@ def test_statistics_go_to_stderr(sky: Done) -> None:
     (line,) = sky.err.splitlines()
     match = re.fullmatch(SPEEDS, line)
     assert match, line
-    assert int(match[1]) == 60
-    assert match[2] == "cut at --max-new"
+    assert int(match[3]) == 60
+    assert match[4] == "cut at --max-new"
 
 
 def test_a_conversation_remembers() -> None:
@@ -124,6 +135,105 @@ def test_bye_ends_a_conversation(talker: Path) -> None:
     done = call("chat", "--model", talker, "--max-new", 3, say="the\n/bye\nthe\n")
     assert done.status == 0
     assert len(done.out.splitlines()) == len(done.err.splitlines()) == 1
+
+
+def test_a_prompt_comes_from_a_pipe_too(
+    short: Path, said: "Said", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whole for -, and after a PROMPT; a device such as /dev/null has nothing to add."""
+    file, options = tmp_path / "text", ["--model", str(short), "--max-new", "2"]
+    file.write_text("one\ntwo\n")
+    for prompt, path, text in (("-", file, "one\ntwo"), ("the", file, "the\none\ntwo"), ("the", "/dev/null", "the")):
+        with open(path) as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            assert commands.main(["chat", prompt, *options]) == 0
+        assert said.conversations[-1] == [{"role": "user", "content": text}]
+    done = call("generate", "-", *options, say="the\n")
+    assert done.status == 0 and done.err.startswith("prompt 2 tokens")
+
+
+def test_statistics_tell_what_was_cached_and_may_be_left_out(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The speed of a prompt is that of its new tokens: here 4 in half a second."""
+    generation = generate(load(short), [80] * 9, 4)
+    commands.say(generation, quiet=True)
+    assert capsys.readouterr().err == ""
+    generation.cached, generation.times = 5, [0.0, 0.5, 1.0, 2.0]
+    commands.say(generation)
+    assert capsys.readouterr().err.startswith("prompt 9 tokens (5 cached), 8.0/s; new 4, 1.0/s; ")
+    done = call("chat", "--model", short, "--max-new", 2, say="a\nb\n")
+    first, second = (re.fullmatch(SPEEDS, line) for line in done.err.splitlines())
+    assert first and second and first[1] is None and int(second[1]) > 10
+    assert call("chat", "a", "--model", short, "--max-new", 2, "--quiet").err == ""
+
+
+def test_a_conversation_outlives_its_context(short: Path) -> None:
+    """The oldest turns are dropped, and that is said once."""
+    done = call("chat", "--model", short, "--max-new", 4, say="abcd\n" * 9)
+    assert done.status == 0, done.err
+    assert len(done.out.splitlines()) == 9
+    notes = [line for line in done.err.splitlines() if not re.fullmatch(SPEEDS, line)]
+    assert notes == ["note: the oldest turns no longer fit into the context, and are dropped"]
+
+
+def test_an_empty_system_message_is_passed_on(short: Path, said: "Said", monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a template's own is not put in its place."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert commands.main(["chat", "a", "--model", str(short), "--max-new", "2", "--system", ""]) == 0
+    assert said.conversations[-1][0] == {"role": "system", "content": ""}
+
+
+def test_closed_stdin_is_the_end_of_a_conversation(short: Path) -> None:
+    command = ["/bin/sh", "-c", 'exec "$@" <&-', "sh", str(PROGRAM), "chat", "--model", str(short)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_unquoted_prompt_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["chat", "hi", "there"]) == 2
+    assert "unrecognized arguments: there, expected one PROMPT, in quotes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        commands.main(["--version"])
+    assert capsys.readouterr().out == f"lovely-llama {__version__}\n"
+    with pytest.raises(LlamaError):
+        commands.main(["chat", "--debug", "hi", "--model", "nowhere.gguf"])
+
+
+def test_a_damaged_program_is_compiled_again(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In silence: one cut short when a process ended, or a disk was full."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    call("generate", "the", "--model", short, "--max-new", 3, "--seed", 1)
+    for i, path in enumerate(sorted((tmp_path / "lovely-llama").glob("*-cache"))):
+        path.write_bytes(path.read_bytes()[: -1 - i] if i % 2 else b"")
+    done = call("generate", "the", "--model", short, "--max-new", 3, "--seed", 1)
+    assert done.status == 0 and re.fullmatch(SPEEDS + "\n", done.err)
+    assert not [path for path in (tmp_path / "lovely-llama").iterdir() if not path.name.endswith("-cache")]
+
+
+def test_kept_programs_are_bounded(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least recently used go first."""
+    folder = tmp_path / "lovely-llama"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for age, name in enumerate(("new", "old", "older")):
+        with (folder / f"{name}-cache").open("wb") as file:
+            file.truncate(PROGRAMS // 2 - 100)
+        then = time.time() - 1000 * age
+        os.utime(folder / f"{name}-cache", (then, then))
+    call("generate", "the", "--model", short, "--max-new", 0)
+    assert {path.name for path in folder.iterdir()} >= {"new-cache", "old-cache"}
+    assert not (folder / "older-cache").exists()
+
+
+def test_one_line_tells_that_programs_cannot_be_kept(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one for each program."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    done = call("generate", "the", "--model", short, "--max-new", 3)
+    warning, statistics = done.err.splitlines()
+    assert re.fullmatch(r"warning: .*/file/lovely-llama: compiled programs are not kept: .*", warning)
+    assert done.status == 0 and re.fullmatch(SPEEDS, statistics)
 
 
 class Said(NamedTuple):
@@ -326,6 +436,49 @@ def test_interrupt_while_generating(talker: Path) -> None:
         assert terminal.end() == 130
     assert terminal.shown.endswith("\n")
     assert "Traceback" not in terminal.shown
+
+
+def test_interrupt_ends_an_answer_and_keeps_the_conversation(talker: Path) -> None:
+    with Terminal("chat", "--model", talker) as terminal:
+        terminal.wait_for("> ")
+        for _ in range(2):
+            terminal.type("the\r")
+            terminal.wait_for("the\r\n")
+            while not re.search("[a-h]{20}", terminal.shown[terminal.waited :]):
+                assert terminal.read(PATIENCE)
+            terminal.type("\x03")
+            terminal.wait_for("; interrupted")
+            terminal.wait_for("> ")
+        assert " cached)" in terminal.shown  # the second question came after the first answer
+        terminal.type("\x03")
+        assert terminal.end() == 130
+    assert "Traceback" not in terminal.shown
+
+
+def test_interrupt_while_the_program_starts(talker: Path) -> None:
+    """While it imports numpy and jax, which takes half a second."""
+    process = subprocess.Popen([str(PROGRAM), "chat", "the", "--model", str(talker)], stderr=subprocess.PIPE)
+    maps, limit = Path(f"/proc/{process.pid}/maps"), time.monotonic() + PATIENCE
+    while "numpy" not in maps.read_text():
+        assert process.poll() is None and time.monotonic() < limit
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (130, b"\n")
+
+
+def test_a_line_that_is_too_long_does_not_end_a_conversation(short: Path) -> None:
+    with Terminal("chat", "--model", short, "--max-new", "3") as terminal:
+        terminal.wait_for("> ")
+        terminal.type("a" * 100 + "\r")
+        terminal.wait_for("error: prompt: tokens: got ")
+        terminal.wait_for("> ")
+        terminal.type("/help\r")
+        terminal.wait_for("/bye or Ctrl-D ends the conversation")
+        terminal.type("the\r")
+        terminal.wait_for("prompt ")
+        terminal.wait_for("> ")
+        terminal.type("/bye\r")
+        assert terminal.end() == 0
 
 
 def test_the_prompt_goes_to_the_terminal_not_to_stdout(talker: Path) -> None:

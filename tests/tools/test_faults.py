@@ -12,7 +12,6 @@ from typing import Any
 import faults_commands
 import faults_generation
 import jax
-import jaxtyping
 import pytest
 from builders import write_talker
 from faults import PATIENCE, Accepted, Case, Guard, TooLong, Unlike, World
@@ -22,6 +21,7 @@ from lovely_llama import choose
 from lovely_llama_tools import commands
 
 CASES: dict[str, Case] = faults_generation.CASES | faults_commands.CASES
+pytestmark = pytest.mark.usefixtures("no_type_checks")
 VARIANTS = [(case, name) for case in CASES for name in CASES[case].variants]
 
 
@@ -33,14 +33,6 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
         write_talker(folder / "endless.gguf", ctx=8192),
         write_talker(folder / "french.gguf", "é"),
     )
-
-
-@pytest.fixture(autouse=True)
-def as_users_have_it() -> Generator[None]:
-    """Turn off type checks: bad input must be refused without them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

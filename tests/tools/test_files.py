@@ -21,6 +21,39 @@ def test_the_format_is_detected_from_the_first_bytes(tmp_path: Path) -> None:
     assert load(llama2c).config.dim == 64
 
 
+HEADS = {
+    "a safetensors file": (40).to_bytes(8, "little") + b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}',
+    "text": b"Once upon a time\nthere was a file.\n" * 9,
+    "HTML": b"<!DOCTYPE html><html>",
+    "a zip file, such as torch writes": b"PK\3\4" + bytes(40),
+    "llama2.c version 1 or 2": b"24ka" + bytes(40),
+    "a big-endian GGUF": b"FUGG" + bytes(40),
+    "a pointer of Git LFS, not the file itself": b"version https://git-lfs.github.com/spec/v1\noid sha256:00",
+}
+
+
+@pytest.mark.parametrize("what", HEADS)
+def test_other_contents_are_called_what_they_are(what: str, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(HEADS[what])
+    with pytest.raises(LlamaError, match=f": contents: got {what}, expected a GGUF") as caught:
+        load(tmp_path / "model")
+    assert caught.value.field == "contents"
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("https://example.org/model.gguf", "a URL, expected a file: download it first"),
+        ("HuggingFaceTB/SmolLM2-135M", "no such file, but perhaps a name on a model hub"),
+        ("nowhere.gguf", "no such file"),
+        (".", "a folder, expected a file"),
+    ],
+)
+def test_other_paths_are_called_what_they_are(path: str, says: str) -> None:
+    with pytest.raises(LlamaError, match=f": path: got {says}"):
+        load(path)
+
+
 def test_a_missing_default_model_is_reported_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_model().is_file()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -2,24 +2,26 @@
 
 import importlib
 import math
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 import torch
 from asserts import assert_close
-from builders import counting_model, letter_tokenizer, random_params
+from builders import counting_model, letter_tokenizer, random_params, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import monitoring
 from jax import numpy as jnp
 from transformers import LlamaForCausalLM
 
-from lovely_llama import Config, LlamaError, Sampling, logits, stack
+from lovely_llama import Config, LlamaError, Sampling, count, logits, stack
 from lovely_llama_tools.files import default_model, load
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.generate import Generation, Session, generate
@@ -47,12 +49,18 @@ def script(text: Sequence[bytes], stop: Sequence[str] = (), **options: Any) -> G
     return generate(counting_model(text), [0], len(text), GREEDY, stop=stop, **options)
 
 
+def tokens_of(generation: Generation) -> list[int]:
+    """All its tokens, once it has ended."""
+    list(generation)
+    return generation.tokens
+
+
 def test_a_stream_is_the_text_of_its_tokens(model: Model) -> None:
     for seed in range(12):
         generation = generate(model, "abc", 40, HOT, seed)
         parts = list(generation)
         assert len(generation.tokens) == 40
-        assert "".join(parts) == model.tokenizer.decode(generation.tokens)
+        assert "".join(parts) == tokenizer_of(model).decode(generation.tokens)
         assert all(parts)
 
 
@@ -60,10 +68,10 @@ def test_a_stream_is_the_text_of_its_tokens(model: Model) -> None:
 def test_prompt_and_stream_make_up_the_decoded_text(prompt: list[int], text: str) -> None:
     """SentencePiece puts a space before every text: the stream drops it only if the prompt is empty or just BOS."""
     model = counting_model([b" the", b" very", b" end"])
-    model = model._replace(tokenizer=model.tokenizer._replace(prefix=b" "))
+    model = model._replace(tokenizer=tokenizer_of(model)._replace(prefix=b" "))
     generation = generate(model, prompt, 4 - len(prompt) - prompt[0], GREEDY)
     assert "".join(generation) == text
-    assert model.tokenizer.decode(prompt) + text == model.tokenizer.decode([*prompt, *generation.tokens])
+    assert tokenizer_of(model).decode(prompt) + text == tokenizer_of(model).decode([*prompt, *generation.tokens])
 
 
 def test_characters_are_streamed_whole() -> None:
@@ -113,11 +121,27 @@ def test_a_stop_is_found_across_tokens(pieces: list[str], stop: list[str]) -> No
     assert generation.reason == ("length" if stopped is None else "stop")
 
 
+def test_one_stop_may_be_given_by_itself(no_type_checks: None) -> None:
+    """Not as a list of its letters."""
+    generation = script([b"aE", b"bN", b"END", b"c"], cast(Any, "END"))
+    assert "".join(generation) == "aEbN"
+    assert generation.reason == "stop"
+
+
+def test_numbers_of_numpy_are_accepted(model: Model, no_type_checks: None) -> None:
+    options: dict[str, Any] = {
+        "max_new": np.int64(5),
+        "seed": np.uint32(7),
+        "sampling": Sampling(top_k=cast(Any, np.int32(3))),
+    }
+    assert len(tokens_of(generate(model, "abc", **options))) == 5
+
+
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it() -> None:
     for stops, stop in (([3], []), ([], ["</s>"])):
         model = counting_model([b"a", b"b", b"c", b"d"], stops)
         specials = {"</s>": 3}
-        model = model._replace(tokenizer=model.tokenizer._replace(specials=specials))
+        model = model._replace(tokenizer=tokenizer_of(model)._replace(specials=specials))
         generation = generate(model, [0], 4, GREEDY, stop=stop)
         assert ("".join(generation), generation.tokens, generation.reason) == ("ab", [1, 2], "stop")
 
@@ -187,7 +211,7 @@ def test_greedy_tokens_match_the_model_without_a_cache(tokens: list[int]) -> Non
         generation = generate(model, tokens[:n], None, GREEDY)
         text = "".join(generation)
         assert generation.reason == "context"
-        assert text == model.tokenizer.decode(generation.tokens)
+        assert text == tokenizer_of(model).decode(generation.tokens)
         every = [*tokens[:n], *generation.tokens]
         assert len(every) == config.ctx
         scores = np.asarray(jax.jit(logits, static_argnums=2)(model.params, jnp.array(every), config))
@@ -198,15 +222,15 @@ def test_greedy_tokens_match_the_model_without_a_cache(tokens: list[int]) -> Non
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 255, 256, 257, 600, 1100])
 def test_a_prompt_is_read_in_pieces(model: Model, tokens: list[int], uncached: Any, length: int) -> None:
     session = Session(model)
-    assert_close(session.feed(tokens[:length]), uncached[length - 1], 1e-5, f"logits after {length}")
-    assert_close(session.feed(tokens[length : length + 1]), uncached[length], 1e-5, f"logits after {length + 1}")
+    assert_close(session.logits(tokens[:length]), uncached[length - 1], 1e-5, f"logits after {length}")
+    assert_close(session.logits(tokens[: length + 1]), uncached[length], 1e-5, f"logits after {length + 1}")
     assert session.tokens == tokens[: length + 1]
 
 
 def test_a_growing_cache_keeps_its_contents(model: Model, tokens: list[int], uncached: Any) -> None:
     session = Session(model)
-    for first, last in ((0, 600), (600, 900), (900, 901), (901, 1030), (1030, 1300)):
-        assert_close(session.feed(tokens[first:last]), uncached[last - 1], 1e-5, f"logits after {last}")
+    for last in (600, 900, 901, 1030, 1300):
+        assert_close(session.logits(tokens[:last]), uncached[last - 1], 1e-5, f"logits after {last}")
 
 
 @pytest.mark.parametrize("ctx", [1101, 1088, 70])
@@ -215,20 +239,23 @@ def test_padding_overwrites_nothing_at_the_end_of_the_context(
 ) -> None:
     """Padding is written after the last token; past the end of the cache, the start of that write would be clamped."""
     session = Session(model._replace(config=replace(CONFIG, ctx=ctx)))
-    assert_close(session.feed(tokens[:ctx]), uncached[ctx - 1], 1e-5, "logits after the last")
+    assert_close(session.logits(tokens[:ctx]), uncached[ctx - 1], 1e-5, "logits after the last")
 
 
 def test_a_session_reuses_the_common_prefix(model: Model, tokens: list[int], uncached: Any) -> None:
-    session = Session(model)
-    session.feed(session.rewind(tokens[:300]))
-    other = [*tokens[:200], *tokens[500:650]]
-    new = session.rewind(other)
-    assert new == other[200:]
-    assert_close(session.feed(new), Session(model).feed(other), 1e-5, "a prompt that continues differently")
-    assert session.rewind(other) == other[-1:]
-    assert_close(session.feed(other[-1:]), Session(model).feed(other), 1e-5, "the same prompt")
-    assert session.rewind(tokens[:100]) == tokens[99:100]
-    assert_close(session.feed(tokens[99:100]), uncached[99], 1e-5, "the prefix alone")
+    session, other = Session(model), [*tokens[:200], *tokens[500:650]]
+
+    def cached(prompt: list[int]) -> int:
+        generation = generate(model, prompt, 1, HOT, session=session)
+        list(generation)
+        return generation.cached
+
+    assert cached(tokens[:300]) == 0
+    assert cached(other) == 200
+    assert cached(other) == len(other) - 1  # logits come with the last token, which is read again
+    assert_close(session.logits(other), Session(model).logits(other), 1e-5, "a prompt that continues differently")
+    assert cached(tokens[:100]) == 99
+    assert_close(session.logits(tokens[:100]), uncached[99], 1e-5, "the prefix alone")
 
 
 def test_a_session_generates_the_same_texts_as_a_fresh_one(model: Model) -> None:
@@ -236,6 +263,83 @@ def test_a_session_generates_the_same_texts_as_a_fresh_one(model: Model) -> None
     for prompt in ("abc", "abcabc", "b" * 100, "abc"):
         fresh = "".join(generate(model, prompt, 12, sampling, 1))
         assert "".join(generate(model, prompt, 12, sampling, 1, session=session)) == fresh
+
+
+def test_a_session_is_of_one_model(model: Model) -> None:
+    """Weights of another model would answer in silence."""
+    other = model._replace(params=random_params(CONFIG, seed=1))
+    with pytest.raises(LlamaError) as caught:
+        generate(other, "abc", session=Session(model))
+    assert caught.value.field == "session"
+
+
+def test_generations_may_take_turns_on_one_session(model: Model) -> None:
+    session = Session(model)
+    alone = ["".join(generate(model, prompt, 12, HOT, 1)) for prompt in ("abc", "abd")]
+    taken = [generate(model, prompt, 12, HOT, 1, session=session) for prompt in ("abc", "abd")]
+    texts = ["", ""]
+    for _ in range(20):
+        for i, generation in enumerate(taken):
+            texts[i] += next(generation, "")
+    assert texts == alone
+
+
+def test_threads_may_share_a_session(model: Model) -> None:
+    session, prompts = Session(model), ["abc", "abd", "b" * 70, "a"]
+    alone = ["".join(generate(model, prompt, 12, HOT, 1)) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = pool.map(lambda prompt: "".join(generate(model, prompt, 12, HOT, 1, session=session)), prompts)
+        assert [*together] == alone
+
+
+@pytest.mark.parametrize("wrong", [[], [CONFIG.vocab], [-1], [0] * (CONFIG.ctx + 1)])
+def test_a_session_refuses_bad_tokens(model: Model, wrong: list[int]) -> None:
+    with pytest.raises(LlamaError) as caught:
+        Session(model).logits(wrong)
+    assert caught.value.field == "tokens"
+
+
+def test_a_session_refuses_parameters_of_another_config(model: Model) -> None:
+    with pytest.raises(LlamaError) as caught:
+        Session(model._replace(config=replace(CONFIG, layers=1)))
+    assert caught.value.file == "params"
+
+
+def test_an_interrupted_generation_ends_with_what_it_has(model: Model) -> None:
+    session = Session(model)
+    generation, fresh = (generate(model, "abc", 12, HOT, 1, session=s) for s in (session, None))
+    begun = [next(generation) for _ in range(4)]
+    generation.interrupt()
+    assert "".join([*begun, *generation]) in "".join(fresh)
+    assert generation.reason == "interrupted" and len(generation.tokens) < 12
+    assert "".join(generate(model, "abc", 12, HOT, 1, session=session)) == "".join(generate(model, "abc", 12, HOT, 1))
+
+
+# ---- Without a tokenizer ---------------------------------------------------------------------------------------------
+
+
+def test_ids_go_in_and_come_out_without_a_tokenizer(model: Model) -> None:
+    bare = Model(model.config, model.params, None)
+    generation = generate(bare, [3, 4, 5], 12, HOT, 1)
+    assert list(generation) == generation.tokens == tokens_of(generate(model, [3, 4, 5], 12, HOT, 1))
+    assert generation.reason == "length"
+
+
+@pytest.mark.parametrize("options", [{"prompt": "abc"}, {"prompt": [1], "stop": ["a"]}])
+def test_texts_need_a_tokenizer(model: Model, options: dict[str, Any]) -> None:
+    with pytest.raises(LlamaError) as caught:
+        generate(Model(model.config, model.params, None), **options)
+    assert (caught.value.file, caught.value.field) == ("model", "tokenizer")
+
+
+def test_a_model_is_printed_in_a_line(model: Model) -> None:
+    """Not with all its weights."""
+    for shown in (repr(model), str(model), f"{tokenizer_of(model)!r}", repr(Model(model.config, model.params, None))):
+        assert len(shown) < 500 and "\n" not in shown
+    assert f"{count(CONFIG):,} parameters" in repr(model)
+
+
+# ---- Interruptions, and programs -------------------------------------------------------------------------------------
 
 
 def test_a_session_survives_an_interruption(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +359,24 @@ def test_a_session_survives_an_interruption(model: Model, monkeypatch: pytest.Mo
         "".join(generate(model, "abc", 12, HOT, 1, session=session))
     assert session.tokens
     assert "".join(generate(model, "abc", 12, HOT, 1, session=session)) == fresh
+
+
+def test_no_token_waits_for_a_program_of_a_larger_cache(model: Model) -> None:
+    """Where the cache grows, at 193, 449 and 961 tokens, its programs have been compiled in another thread."""
+    model = model._replace(config=replace(CONFIG, eps=3e-5))  # whose programs no other test has compiled
+    generation, here = generate(model, [3], 1100, HOT), threading.get_ident()
+    late = list[int]()
+
+    def note(event: str, seconds: float, **about: Any) -> None:
+        if event.endswith("backend_compile_duration") and threading.get_ident() == here:
+            late.append(len(generation.tokens))
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        assert len(tokens_of(generation)) == 1100
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+    assert late and max(late) <= 2
 
 
 @pytest.fixture
@@ -310,8 +432,8 @@ def smollm2_oracle() -> LlamaForCausalLM:
 
 def test_real_logits(smollm2: Model, smollm2_oracle: LlamaForCausalLM) -> None:
     """SmolLM2 from a GGUF gives the same logits with either loader."""
-    config, params, tokenizer = smollm2
-    tokens = np.array(tokenizer.begin(" ".join(PROMPTS)), np.int32)
+    config, params, _ = smollm2
+    tokens = np.array(tokenizer_of(smollm2).begin(" ".join(PROMPTS)), np.int32)
     assert len(tokens) >= 40
     with torch.no_grad():
         want = smollm2_oracle(torch.tensor(tokens[None])).logits[0].numpy()

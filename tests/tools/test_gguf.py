@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 from asserts import assert_close, assert_refused
-from builders import TINY, TOKENS, File, layers_of, text, tiny_arrays, tiny_fields, tiny_file, write_gguf
+from builders import TINY, TOKENS, File, layers_of, text, tiny_arrays, tiny_fields, tiny_file, tokenizer_of, write_gguf
 
-from lovely_llama import CONFIGS, Params, RopeScaling, count
+from lovely_llama import CONFIGS, Config, LlamaError, Params, RopeScaling, count
 from lovely_llama_tools.files import default_model, load
 from lovely_llama_tools.formats import Model
 
@@ -51,7 +51,7 @@ def test_a_gguf_is_read_as_it_was_written(tmp_path: Path, tied: bool) -> None:
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(np.asarray(found[name]).ravel(), array.ravel(), name)
-    assert model.tokenizer.decode(model.tokenizer.encode("the théâtre\n", False)) == "the théâtre\n"
+    assert tokenizer_of(model).decode(tokenizer_of(model).encode("the théâtre\n", False)) == "the théâtre\n"
 
 
 def test_a_quantised_gguf_is_read_as_by_the_gguf_package(tmp_path: Path) -> None:
@@ -63,6 +63,29 @@ def test_a_quantised_gguf_is_read_as_by_the_gguf_package(tmp_path: Path) -> None
     for tensor in gguf.GGUFReader(path).tensors:
         want = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(np.asarray(found[tensor.name]).ravel(), want.ravel(), tensor.name)
+
+
+def with_frequencies(config: Config, factors: "np.ndarray[Any, Any]", **scaling: Any) -> dict[str, Any]:
+    return {"fields": tiny_fields(config) | {f"llama.rope.scaling.{name}": value for name, value in scaling.items()},
+            "arrays": tiny_arrays(config) | {"rope_freqs.weight": factors.astype(np.float32)}}  # fmt: skip
+
+
+def test_what_says_the_same_twice_is_read(tmp_path: Path) -> None:
+    """Widths of keys and values that are those of a head, and factors of frequencies that are those of the scaling."""
+    fields = tiny_fields() | {"llama.attention.key_length": 8, "llama.attention.value_length": 8}
+    assert load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays())).config == TINY
+    for factors, scaling in ((np.ones(4), {}), (np.full(4, 2.0), {"type": "linear", "factor": 2.0})):
+        model = load(write_gguf(tmp_path / "a.gguf", **with_frequencies(TINY, factors, **scaling)))
+        assert (model.config.rope_scaling is None) == (not scaling)
+    for factors, scaling in ((np.full(4, 8.0), {}), (np.ones(4), {"type": "linear", "factor": 2.0})):
+        with pytest.raises(LlamaError) as caught:
+            load(write_gguf(tmp_path / "a.gguf", **with_frequencies(TINY, factors, **scaling)))
+        assert caught.value.field == "rope_freqs.weight"
+
+
+def test_templates_with_loop_controls_are_read(tmp_path: Path) -> None:
+    fields = tiny_fields() | {"tokenizer.chat_template": "{% for m in messages %}{% break %}{% endfor %}"}
+    assert "break" in (tokenizer_of(load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays()))).template or "")
 
 
 @pytest.mark.parametrize(
@@ -138,10 +161,11 @@ def array_header(kind: int, count: int) -> bytes:
 
 LENGTHS = (2**30, 2**40, 2**63, 2**64 - 1)
 WORD, EPS = "tokenizer.ggml.", "llama.attention.layer_norm_rms_epsilon"
-LISTS = [f"{WORD}tokens", f"{WORD}token_type", f"{WORD}merges"]
+KINDS = ("tokens", "token_type", "merges")
+LISTS = [f"{WORD}{name}" for name in KINDS]
 REFUSED: dict[str, tuple[Change, str]] = {
     "magic": (part(magic=b"GGUX"), "n_heads"),
-    "magic, big-endian": (part(magic=b"FUGG"), "n_heads"),
+    "magic, big-endian": (part(magic=b"FUGG"), "contents"),
     **{f"version {n}": (part(version=n), "version") for n in (0, 1, 4, 99, 0x03000000)},
     **{f"{n} tensors": (part(counts=(n, 5)), "counts") for n in LENGTHS},
     **{f"{n} fields": (part(counts=(1, n)), "counts") for n in LENGTHS},
@@ -222,6 +246,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a merge of three pieces": (item(f"{WORD}merges", 0, "Ġ t h"), f"{WORD}merges"),
     "a merge of unknown pieces": (item(f"{WORD}merges", 0, "日 本"), f"{WORD}merges"),
     "a merge into an unknown piece": (item(f"{WORD}merges", 0, "a b"), f"{WORD}merges"),
+    **{f"{name} as a number": (field(f"{WORD}{name}", 5), f"{WORD}{name}") for name in KINDS},
+    "bos −1": (field(f"{WORD}bos_token_id", struct.pack("<Ii", 5, -1)), f"{WORD}bos_token_id"),
+    "eos −1": (field(f"{WORD}eos_token_id", struct.pack("<Ii", 5, -1)), f"{WORD}eos_token_id"),
+    "a line in a name": (field("llama.rope\nscale", 1), "llama.rope\nscale"),
     "bos out of range": (field(f"{WORD}bos_token_id", TINY.vocab), f"{WORD}bos_token_id"),
     "eos out of range": (field(f"{WORD}eos_token_id", 2**32 - 1), f"{WORD}eos_token_id"),
     "eos as a string": (field(f"{WORD}eos_token_id", "2"), f"{WORD}eos_token_id"),
@@ -290,7 +318,9 @@ def test_smollm2_has_the_published_config(smollm2: Model) -> None:
     assert smollm2.config == CONFIGS["smollm2-135m"]
     assert sum(leaf.size for leaf in jax.tree.leaves(smollm2.params)) == count(smollm2.config) == 134_515_008
     assert {leaf.dtype.name for leaf in jax.tree.leaves(smollm2.params)} == {"float32"}
-    assert smollm2.tokenizer.stops == {smollm2.tokenizer.specials[name] for name in ("<|im_end|>", "<|endoftext|>")}
+    assert tokenizer_of(smollm2).stops == {
+        tokenizer_of(smollm2).specials[name] for name in ("<|im_end|>", "<|endoftext|>")
+    }
 
 
 def test_smollm2_has_the_weights_of_the_gguf_package(smollm2: Model) -> None:

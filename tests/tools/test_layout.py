@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
 from asserts import assert_close
 from builders import SMALL, Arrays, layers_of, random_arrays, random_params
 
-from lovely_llama import LlamaError, Params, RopeScaling
+from lovely_llama import LlamaError, Params, RopeScaling, stack
 from lovely_llama_tools.formats.hugging_face import from_hf, to_hf
 from lovely_llama_tools.formats.llama2c import from_llama2c, to_llama2c
-from lovely_llama_tools.layout import HUGGING_FACE, LLAMA2C, Layout, check_tensors, rope_scaling
+from lovely_llama_tools.layout import HUGGING_FACE, LLAMA2C, Layout, rope_scaling
 
 CONVERSIONS: dict[str, tuple[Callable[..., Params], Callable[..., Any], Layout]] = {
     "llama2c": (from_llama2c, to_llama2c, LLAMA2C),
@@ -89,24 +90,61 @@ def test_hugging_face_splits_pairs_into_halves() -> None:
     np.testing.assert_array_equal(block.attn.v, v.reshape(block.attn.v.shape))
 
 
-# ---- Sets of tensors -------------------------------------------------------------------------------------------------
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+EMBED = {"llama2c": "tok_embeddings.weight", "hf": "model.embed_tokens.weight"}
+UNEMBED = {"llama2c": "output.weight", "hf": "lm_head.weight"}
 
 
-@pytest.mark.parametrize(
-    ("found", "field", "says"),
-    [
-        ({"a": (2, 3)}, "tensors", r"1 missing \(b\)"),
-        ({"a": (2, 3), "b": (4,), "c": (1,)}, "tensors", r"1 unexpected \(c\)"),
-        ({"a": (3, 2), "b": (4,)}, "a", r"got \(3, 2\), expected \(2, 3\)"),
-        ({"x": (2, 3), "b": (4,)}, "tensors", r"1 missing \(a\)"),
-    ],
-)
-def test_wrong_sets_of_tensors_are_refused(found: dict[str, tuple[int, ...]], field: str, says: str) -> None:
-    want = {"a": (2, 3), "b": (4,)}
-    check_tensors(want, dict(want), "a file")
-    with pytest.raises(LlamaError, match=f"^a file: .*{says}") as caught:
-        check_tensors(want, found, "a file")
-    assert caught.value.field == field
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_wrong_arrays_are_refused(name: str) -> None:
+    """Each would otherwise be reshaped, ignored, or fail far away."""
+    read, _, layout = CONVERSIONS[name]
+    arrays = random_arrays(layout, SMALL, 1)
+    gate = next(tensor for tensor in arrays if "gate_proj" in tensor or "w1" in tensor)
+    bias, surplus = gate.replace("weight", "bias"), gate.replace(".0.", ".2.")
+    for wrong, field in (
+        ({**arrays, gate: arrays[gate].T}, gate),
+        ({**arrays, bias: np.zeros(3)}, "tensors"),
+        ({**arrays, surplus: arrays[gate]}, "tensors"),
+        ({tensor: array for tensor, array in arrays.items() if tensor != gate}, "tensors"),
+    ):
+        with pytest.raises(LlamaError) as caught:
+            read(wrong, SMALL)
+        assert (caught.value.file, caught.value.field) == ("arrays", field)
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_tied_model_may_come_with_the_same_unembedding_only(name: str) -> None:
+    """As a state_dict has it; another one would be ignored in silence."""
+    read, _, layout = CONVERSIONS[name]
+    config = replace(SMALL, tied=True)
+    arrays = random_arrays(layout, config, 1)
+    embedding = arrays[EMBED[name]]
+    for same in (embedding, embedding.copy()):
+        assert_close(read({**arrays, UNEMBED[name]: same}, config), read(arrays, config), 0, "tied")
+    with pytest.raises(LlamaError, match="tied") as caught:
+        read({**arrays, UNEMBED[name]: 2 * embedding}, config)
+    assert caught.value.field == UNEMBED[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_state_dict_of_torch_is_read(dtype: torch.dtype) -> None:
+    arrays = random_arrays(HUGGING_FACE, SMALL, 1)
+    state = {tensor: torch.nn.Parameter(torch.tensor(array).to(dtype)) for tensor, array in arrays.items()}
+    got, want = from_hf(state, SMALL), from_hf(arrays, SMALL)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(got)} == {str(dtype).removeprefix("torch.")}
+    assert_close(got, want, 0.004 if dtype == torch.bfloat16 else 0, "params")
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_stacked_layers_are_written_as_those_in_a_tuple(name: str) -> None:
+    _, write, _ = CONVERSIONS[name]
+    params = random_params(SMALL)
+    stacked = params._replace(blocks=stack(layers_of(params)))
+    assert_close(write(stacked, SMALL), write(params, SMALL), 0, "arrays")
+    with pytest.raises(LlamaError):
+        write(params, replace(SMALL, dim=SMALL.dim + 1))
 
 
 # ---- Rotary scalings -------------------------------------------------------------------------------------------------
@@ -125,6 +163,11 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 4096}
         ("linear", {"factor": 3, "rope_theta": 1e4}, RopeScaling("linear", 3.0)),
         ("llama3", LLAMA3, RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)),
         ("yarn", YARN, RopeScaling("yarn", 4.0, 4096, 1.0, 32.0, 0.1 * math.log(4) + 1)),
+        (
+            "yarn",
+            YARN | {"attention_factor": None, "beta_fast": None},
+            RopeScaling("yarn", 4.0, 4096, 1.0, 32.0, 0.1 * math.log(4) + 1),
+        ),
         (
             "yarn",
             YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from asserts import assert_close, assert_refused
-from builders import LLAMA2_C, read_recording, write_sentencepiece
+from builders import LLAMA2_C, read_recording, tokenizer_of, write_sentencepiece
 from jax import numpy as jnp
 
 from lovely_llama import Config, LlamaError, logits
@@ -30,8 +30,8 @@ def llama2c(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_llama2c_file_gives_the_recorded_logits(llama2c: Path, name: str) -> None:
     model, recorded = load(llama2c / f"{name}.v0.bin"), read_recording(f"{name}.bin")[0]
     assert model.config == Config(80, 64, 2, 4, 2, 8, 128, 32, 1e-5, 1e4, None, name == "tied")
-    assert model.tokenizer.pieces[44:] == [b""] * 36  # ids without a piece in the tokenizer
-    assert all(model.tokenizer.pieces[3:44])
+    assert tokenizer_of(model).pieces[44:] == [b""] * 36  # ids without a piece in the tokenizer
+    assert all(tokenizer_of(model).pieces[3:44])
     tokens, want = jnp.array(recorded["tokens"][0], jnp.int32), recorded["logits"][0]
     assert_close(logits(model.params, tokens, model.config), want, 1e-5, "logits")
 
@@ -73,7 +73,7 @@ def put(offset: int, value: float) -> Callable[[bytes], bytes]:
         (header(vocab_size=40), "size"),
         (lambda data: b"PK\3\4" + data, "contents"),
         (lambda data: b"<!DOCTYPE html>" + data, "contents"),
-        (lambda data: struct.pack("<Q", 40) + b'{"a": {"dtype": "F32", "shape": []}}' + data, "hidden_dim"),
+        (lambda data: struct.pack("<Q", 40) + b'{"a": {"dtype": "F32", "shape": []}}' + data, "contents"),
         (put(28 + 4 * 100, math.nan), "tok_embeddings.weight"),
         (put(28 + 4 * 80 * 64, math.inf), "layers.0.attention_norm.weight"),
     ],

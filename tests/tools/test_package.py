@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,17 @@ def test_names_match_those_for_type_checkers() -> None:
         lovely_llama_tools.generat  # noqa: B018  # pyright: ignore
 
 
+def test_star_imports_replace_no_names_of_others() -> None:
+    """Such as torch's tensor; and there is a version."""
+    for module in ("lovely_llama", "lovely_llama_tools"):
+        assert printed(f"tensor = tree = np = 1; from {module} import *; print(tensor, tree, np)") == ["1", "1", "1"]
+    assert printed("import lovely_llama as ll; print(ll.__version__)") == [metadata.version("lovely-llama")]
+
+
 def test_a_missing_package_is_reported_with_its_extra() -> None:
     assert extra("json", "chat").loads("1") == 1
     with pytest.raises(
-        LlamaError, match=r"^environment: nowhere: got no such package, .*lovely-llama\[chat\]"
+        LlamaError, match=r"^environment: nowhere: got no such package, .*pip install gguf tokenizers jinja2$"
     ) as caught:
         extra("nowhere.module", "chat")
     assert (caught.value.file, caught.value.field) == ("environment", "nowhere")

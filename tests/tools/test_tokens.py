@@ -13,10 +13,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import GPT2Tokenizer
 
-from lovely_llama import Config, LlamaError, Params, Sampling
+from lovely_llama import Config, LlamaError, Sampling, shapes
 from lovely_llama_tools.files import default_model
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.formats.gguf import gguf_tokenizer, scan_gguf
@@ -197,6 +197,22 @@ def test_llama2_pieces() -> None:
         assert piece == bytes_.get(token, reference.decode([letter, token])[1:].encode()), token
 
 
+def test_a_text_has_a_prefix_only_where_the_model_says_so(tmp_path: Path) -> None:
+    """Without it, decoding would take a space from the beginning that is part of the text."""
+    text, path = ["the sky is blue", "the sea is blue too"] * 3, tmp_path / "tokenizer.model"
+    for prefix in (True, False):
+        with path.open("wb") as file:
+            SentencePieceTrainer.train(
+                sentence_iterator=iter(text), model_writer=file, vocab_size=30, model_type="bpe", minloglevel=2,
+                add_dummy_prefix=prefix, remove_extra_whitespaces=False,
+            )  # fmt: skip
+        tokenizer = sentencepiece_tokenizer(path.read_bytes(), path)
+        reference = SentencePieceProcessor(model_file=str(path))
+        for said in ("the sea", " the sea", "  the"):
+            tokens = reference.encode(said)
+            assert tokenizer.decode(tokens) == reference.decode(tokens) == said
+
+
 # ---- Both ------------------------------------------------------------------------------------------------------------
 
 
@@ -230,12 +246,11 @@ class Parrot(Session):
     def __init__(self, tokenizer: Tokenizer, says: Sequence[int]) -> None:
         vocab = len(tokenizer.pieces)
         config = Config(vocab, 2, 1, 1, 1, 2, 2, 512, 1e-5, 1e4, None, True)
-        super().__init__(Model(config, Params(jnp.zeros((vocab, 2)), (), jnp.zeros(2), None), tokenizer))
+        super().__init__(Model(config, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes(config)), tokenizer))
         self.says = iter(says)
 
-    def feed(self, tokens: Sequence[int]) -> jax.Array:
-        self.tokens += tokens
-        return jnp.array(np.arange(self.model.config.vocab) == next(self.says), jnp.float32)
+    def _read(self, tokens: list[int]) -> tuple[jax.Array, int]:
+        return jnp.array(np.arange(self.model.config.vocab) == next(self.says), jnp.float32), 1
 
 
 @both

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Literal, overload
 
 import numpy as np
+from jax import core as core
 from jax import distributed as distributed
 from jax import errors as errors
 from jax import lax as lax

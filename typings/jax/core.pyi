@@ -1,0 +1,3 @@
+# jax.core: what an array is while a function is traced.
+
+class Tracer: ...
