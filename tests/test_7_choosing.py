@@ -128,6 +128,11 @@ def test_categorical_inverts_the_cumulative_distribution(logits: list[float], se
     assert int(ll.categorical(rng, array(logits))) == np.searchsorted(sums, u)
 
 
+def test_a_p_of_1_keeps_what_rounding_hides() -> None:
+    """In float32 the likeliest of these has all of the probability."""
+    assert np.isfinite(np.asarray(ll.top_p(array([0.0, -30.0]), 1.0))).all()
+
+
 @pytest.mark.parametrize(
     ("p", "kept"), [(1e-30, 1), (0.25, 1), (0.250001, 2), (0.5, 2), (0.7, 3), (0.75, 3), (0.999, 4), (1.0, 4)]
 )
