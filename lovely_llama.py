@@ -33,17 +33,17 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 __version__ = "0.1.0"
 __all__ = [
-    "CONFIGS", "SAMPLERS", "Attention", "Block", "Cache", "Caches", "Config", "FeedForward", "LlamaError", "Params",
-    "RopeScaling", "Sampler", "Sampling", "attend", "attention", "block", "categorical", "check_cache",
-    "check_causality", "check_config", "check_heads", "check_params", "check_rotation", "check_rows", "check_tensors",
-    "check_tokens", "choose", "count", "embed_tokens", "empty_cache", "fold_layers", "greedy", "hidden_states", "init",
-    "llama", "logits", "loss", "min_p", "readout", "repetition_penalty", "rms_norm", "rope", "rope_angles",
-    "rope_frequencies", "shapes", "silu", "softmax", "specs", "stack", "swiglu", "temperature", "top_k", "top_p",
+    "CONFIGS", "KEEP", "SAMPLERS", "Adapter", "Attention", "Block", "Cache", "Caches", "Config", "FeedForward",
+    "LlamaError", "Moments", "Params", "RopeScaling", "Sampler", "Sampling", "accumulate", "adamw", "adapt", "attend",
+    "attention", "block", "categorical", "check_cache", "check_causality", "check_config", "check_heads",
+    "check_params", "check_rotation", "check_rows", "check_tensors", "check_tokens", "choose", "clip", "count",
+    "embed_tokens", "empty_cache", "fold_layers", "greedy", "hidden_states", "init", "learning_rate", "llama", "logits",
+    "loss", "min_p", "moments", "readout", "repetition_penalty", "rms_norm", "rope", "rope_angles", "rope_frequencies",
+    "shapes", "silu", "softmax", "specs", "stack", "swiglu", "temperature", "top_k", "top_p",
 ]  # fmt: skip
 
+
 # ---- 1. Errors and checks --------------------------------------------------------------------------------------------
-
-
 class LlamaError(ValueError):
     """Bad input. Its one line reads `file: field: got …, expected …`."""
 
@@ -107,8 +107,7 @@ def check_tensors(expected: Mapping[str, Any], found: Mapping[str, Any], file: o
 def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments") -> Int[np.ndarray, " seq"]:
     """Refuse token ids outside the vocabulary, an empty sequence, or more than `limit` ids; return them as int32.
 
-    Inside `jit` all three would pass in silence: an index out of range is clamped.
-    """
+    Inside `jit` all three would pass in silence: an index out of range is clamped."""
     try:
         ids = np.asarray(tokens)
     except ValueError as error:
@@ -127,8 +126,6 @@ def is_traced(*arrays: object) -> bool:
 
 
 # ---- 2. Nouns: the configuration, the parameters, the cache ----------------------------------------------------------
-
-
 class RopeScaling(NamedTuple):
     """How rotary frequencies are slowed for contexts longer than the training context: see `rope_frequencies`."""
 
@@ -238,6 +235,7 @@ class Cache(NamedTuple):
 
 Caches = tuple[Cache, ...] | Cache  # of all layers, in a tuple or stacked as their blocks are
 Position = Int[Array, ""] | int
+Number = float | int | Float[Array, ""] | Int[Array, ""]
 
 
 def by_axes(config: Config, leaf: Callable[[list[str]], Any]) -> Any:
@@ -299,8 +297,7 @@ def rms_norm(x: Float[Array, " dim"], gain: Float[Array, " dim"], eps: float) ->
 
         yᵢ = gᵢ xᵢ / √(ε + ¹⁄ₙ Σⱼ xⱼ²)
 
-    Zhang & Sennrich 2019, arXiv:1910.07467, eq. (4). ε is not in the paper.
-    """
+    Zhang & Sennrich 2019, arXiv:1910.07467, eq. (4). ε is not in the paper."""
     return (wide(gain) * wide(x) * lax.rsqrt(eps + jnp.mean(wide(x) ** 2))).astype(x.dtype)
 
 
@@ -311,8 +308,7 @@ def rope_frequencies(config: Config) -> Float[Array, " pairs"]:
 
     Su et al. 2021, arXiv:2104.09864, eq. (15). κ = 0 is linear interpolation, Chen et al. 2023, arXiv:2306.15595,
     eq. (4); llama3's κ is from Meta's code for Llama 3.1; yarn: Peng et al. 2023, arXiv:2309.00071, §3.2, with the ramp
-    over i as in the authors' code, not over wavelengths as in the paper.
-    """
+    over i as in the authors' code, not over wavelengths as in the paper."""
     i, scaling = np.arange(config.head_dim // 2), config.rope_scaling
     f = 1 / config.theta ** (2 * i / config.head_dim)
     if scaling is None:
@@ -339,8 +335,7 @@ def rope(x: Float[Array, " head_dim"], angles: Float[Array, " pairs"]) -> Float[
 
         (a, b) ↦ (a cos φ − b sin φ, a sin φ + b cos φ)
 
-    Su et al. 2021, arXiv:2104.09864, eq. (34).
-    """
+    Su et al. 2021, arXiv:2104.09864, eq. (34)."""
     a, b = wide(x).reshape(-1, 2).T
     cos, sin = jnp.cos(angles).astype(a.dtype), jnp.sin(angles).astype(a.dtype)
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
@@ -363,8 +358,7 @@ def attend(
     Vaswani et al. 2017, arXiv:1706.03762, eq. (1), as an online softmax over blocks of `size` keys: Milakov &
     Gimelshein 2018, arXiv:1805.02867, alg. 3; Rabe & Staats 2021, arXiv:2112.05682, §2. Only positions below `filled`
     hold keys; blocks beyond are not read. With a Python int for `filled`, or None for all, the loop is differentiable;
-    with an array it is not.
-    """
+    with an array it is not."""
     (ctx, head_dim), size = keys.shape, min(size, len(keys))
 
     def fold(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -398,8 +392,6 @@ def swiglu(
 
 
 # ---- 4. Assembly -----------------------------------------------------------------------------------------------------
-
-
 def attention(
     w: Attention, x: Float[Array, "seq dim"], angles: Float[Array, "seq pairs"], cache: Cache, start: Position,
     config: Config,
@@ -409,8 +401,7 @@ def attention(
         headₕ = attend(R W_Qʰ x, R W_K x, W_V x),  y = W_O [head₁; …; headₙ]
 
     Vaswani et al. 2017, §3.2.2; query heads share keys and values as in Ainslie et al. 2023, arXiv:2305.13245, §2.2.
-    YaRN's temperature, arXiv:2309.00071, §3.4, is applied to the query alone, squared.
-    """
+    YaRN's temperature, arXiv:2309.00071, §3.4, is applied to the query alone, squared."""
     positions, size = start + jnp.arange(len(x)), BLOCK if len(x) > 1 else BLOCK // 2
     sharpness = config.rope_scaling.attention_factor**2 if config.rope_scaling else 1.0
 
@@ -438,16 +429,11 @@ def block(
 ) -> tuple[Float[Array, "seq dim"], Cache]:  # fmt: skip
     """One layer: x + attention(norm(x)), then x + swiglu(norm(x)).
 
-    Touvron et al. 2023, arXiv:2302.13971, §2.2; norms come first, as in Xiong et al. 2020, arXiv:2002.04745, fig. 1(b).
-    """
-
-    def feed_forward(x: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        return swiglu(rms_norm(x, w.ffn_norm, config.eps), *w.ffn)
-
+    Touvron et al. 2023, arXiv:2302.13971, §2.2; norms first, as in Xiong et al. 2020, arXiv:2002.04745, fig. 1(b)."""
     normed = vmap(lambda x: rms_norm(x, w.attn_norm, config.eps))(x)
     answer, cache = attention(w.attn, normed, angles, cache, start, config)
     x = x + answer
-    return x + vmap(feed_forward)(x), cache
+    return x + vmap(lambda x: swiglu(rms_norm(x, w.ffn_norm, config.eps), *w.ffn))(x), cache
 
 
 def fold_layers(
@@ -470,17 +456,17 @@ def embed_tokens(
     return params.embed[tokens], vmap(lambda i: rope_angles(start + i, config))(jnp.arange(len(tokens)))
 
 
-# What a layer stores for its derivative: its products with weights, of size seq. The rest is cheap to recompute, and
-# attention's scores, of size seq², are never all in memory. A checkpointed layer is also traced once for all layers.
-STORED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# What a layer stores for its derivative: its products with weights, of size seq, or its input alone. The rest is
+# recomputed; attention's scores, of size seq², are never all in memory. A checkpointed layer is also traced only once.
+KEEP = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "nothing": None}
 
 
 def hidden_states(
-    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config
+    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config, keep: str = "dots"
 ) -> tuple[Float[Array, "seq dim"], Caches]:
     """The output of the last layer for tokens at positions start, start + 1, …: `llama` without its `readout`."""
     x, angles = embed_tokens(params, tokens, start, config)
-    layer = jax.checkpoint(lambda x, w, cache: block(w, x, angles, cache, start, config), policy=STORED)
+    layer = jax.checkpoint(lambda x, w, cache: block(w, x, angles, cache, start, config), policy=KEEP[keep])
     return fold_layers(layer, x, params.blocks, cache)
 
 
@@ -491,38 +477,34 @@ def readout(params: Params, x: Float[Array, " dim"], config: Config) -> Float[Ar
 
 
 def llama(
-    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config
+    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config, keep: str = "dots"
 ) -> tuple[Float[Array, "seq vocab"], Caches]:
     """The model: the logits after each of the tokens at positions start, start + 1, …, and the cache with them added.
 
     With a static `start` the result is differentiable; with an array, such as `jit` makes of an argument, it is not,
-    and reads only what is filled. Under `jit` ids must be below vocab and the cache have room: nothing there can raise.
-    """
+    and reads only what is filled. Under `jit`, where nothing can raise, ids must be valid and the cache have room."""
     if not is_traced(tokens, start):
         check_params(params, config)
         tokens = jnp.asarray(check_tokens(tokens, config.vocab, config.ctx - int(start)))
         room, end = jax.tree.leaves(cache)[0].shape[-2], len(tokens) + int(start)
         check("cache", f"{room} positions", end <= room, f"at least {end}")
-    x, cache = hidden_states(params, tokens, cache, start, config)
+    x, cache = hidden_states(params, tokens, cache, start, config, keep)
     return vmap(lambda x: readout(params, x, config))(x), cache
 
 
-def logits(params: Params, tokens: Int[Array, " seq"], config: Config) -> Float[Array, "seq vocab"]:
+def logits(params: Params, tokens: Int[Array, " seq"], config: Config, keep: str = "dots") -> Float[Array, "seq vocab"]:
     """`llama` from position 0, without the cache."""
     caches = empty_cache(config, np.size(tokens), params.embed.dtype)
     cache = vmap(lambda _: caches[0])(params.blocks.attn_norm) if isinstance(params.blocks, Block) else caches
-    return llama(params, tokens, cache, 0, config)[0]
+    return llama(params, tokens, cache, 0, config, keep)[0]
 
 
 # ---- 5. Initialisation -----------------------------------------------------------------------------------------------
-
-
 def init(rng: Key[Array, ""], config: Config) -> Params:
     """Parameters to train from: gains 1, matrices normal with σ = 0.02, but o and down with σ = 0.02 / √(2 layers).
 
     Those two add to the residual stream, whose variance then does not grow with depth: Radford et al. 2019, §2.3.
-    llama2.c scales up in place of down.
-    """
+    llama2.c scales up in place of down."""
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, rng: Key[Array, ""]) -> Array:
         if "norm" in path[-1].name:
@@ -536,39 +518,119 @@ def init(rng: Key[Array, ""], config: Config) -> Params:
 
 
 # ---- 6. Learning -----------------------------------------------------------------------------------------------------
-
-
 def loss(
-    params: Params, tokens: Int[Array, "*batch seq"], targets: Int[Array, "*batch seq"], config: Config
-) -> Float[Array, ""]:
+    params: Params, tokens: Int[Array, "*batch seq"], targets: Int[Array, "*batch seq"], config: Config,
+    keep: str = "dots", dtype: Any = None,
+) -> Float[Array, ""]:  # fmt: skip
     """Mean cross-entropy in nats: −¹⁄ₙ Σ log softmax(logits)ₜ over the n targets t that are not negative.
 
-    Negative targets (−1 by convention) are ignored; where all are, the loss is 0. Cross-entropy is Shannon 1948, §6,
-    with the model's probabilities inside the logarithm.
-    """
-
-    def row(tokens: Int[Array, " seq"]) -> Float[Array, "seq vocab"]:
-        return logits(params, tokens, config)
-
+    Negative targets (−1 by convention) are ignored; where all are, the loss is 0. Shannon 1948, §6, with the model's
+    probabilities inside the logarithm. `keep` is a name in `KEEP`. `dtype` is that of the arithmetic: parameters are
+    cast to it, and their gradients have the dtype of these master weights."""
     if not is_traced(tokens, targets):
         tokens, targets = cast(Any, np.asarray(tokens)), cast(Any, np.asarray(targets))
         check("targets", targets.shape, targets.shape == tokens.shape, f"{tokens.shape}, as tokens")
-        check(
-            "tokens", tokens.shape, tokens.ndim > 0 and 0 < tokens.shape[-1] <= config.ctx, f"rows of 1 to {config.ctx}"
-        )
+        fits = tokens.ndim > 0 and 0 < tokens.shape[-1] <= config.ctx
+        check("tokens", tokens.shape, fits, f"rows of 1 to {config.ctx}")
         for ids, what in ((tokens, "arguments"), (np.maximum(targets, 0), "targets")):
             check_tokens(ids.ravel(), config.vocab, ids.size, what)
-    scores = wide(vmap(row)(tokens.reshape(-1, tokens.shape[-1]))).reshape(-1, config.vocab)
+    params = jax.tree.map(lambda w: w.astype(dtype or w.dtype), params)
+    rows = vmap(lambda tokens: logits(params, tokens, config, keep))(tokens.reshape(-1, tokens.shape[-1]))
+    scores = wide(rows).reshape(-1, config.vocab)
     target, counts = targets.reshape(-1, 1), targets.reshape(-1) >= 0
     chosen = jnp.take_along_axis(scores, jnp.maximum(target, 0), axis=-1)[:, 0]
     surprise = jnp.where(counts, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
     return surprise.sum() / jnp.maximum(counts.sum(), 1).astype(surprise.dtype)
 
 
+def accumulate(
+    objective: Callable[..., Array], params: Any, tokens: Int[Array, "micro batch seq"],
+    targets: Int[Array, "micro batch seq"],
+) -> tuple[Float[Array, ""], Any]:  # fmt: skip
+    """The loss of all micro-batches and its gradient, Σ nᵢ/n ∇lossᵢ, where batch i has nᵢ of the n targets.
+
+    `objective(params, tokens, targets)` is the loss of one, such as `partial(loss, config=config)`. A mean of means
+    would weight the targets of sparse batches more. One micro-batch is in memory at a time."""
+    counts, value_and_grad = (targets >= 0).sum(axis=(1, 2)), jax.value_and_grad(objective)
+
+    def add(sums: Any, micro: tuple[Array, Array, Array]) -> tuple[Any, None]:
+        share, parts = micro[0], value_and_grad(params, *micro[1:])
+        return jax.tree.map(lambda sum, part: sum + share.astype(part.dtype) * part, sums, parts), None
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, tokens[0], targets[0]))
+    return lax.scan(add, zeros, (counts / jnp.maximum(counts.sum(), 1), tokens, targets))[0]
+
+
+def clip(gradients: Any, limit: float) -> tuple[Any, Float[Array, ""]]:
+    """g · min(1, limit / ‖g‖), and ‖g‖, the norm over all leaves. Pascanu et al. 2013, arXiv:1211.5063, algorithm 1."""
+    norm = jnp.sqrt(sum(jnp.vdot(wide(g), wide(g)) for g in jax.tree.leaves(gradients)))
+    return jax.tree.map(lambda g: (limit / jnp.maximum(norm, limit)).astype(g.dtype) * g, gradients), norm
+
+
+class Moments(NamedTuple):
+    """What AdamW remembers: steps taken, and running means of gradients and of their squares."""
+
+    step: Int[Array, ""]
+    first: Any
+    second: Any
+
+
+def moments(params: Any) -> Moments:
+    """The moments before the first step: zeros."""
+    return Moments(jnp.array(0), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+
+def adamw(
+    params: Any, gradients: Any, moments: Moments, rate: Number, decay: float,
+    betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+) -> tuple[Any, Moments]:  # fmt: skip
+    """One step of Adam with decoupled weight decay, which spares the gains of norms.
+
+        m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  θ ← θ − η (m̂/(√v̂ + ε) + λθ),  m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
+
+    Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, but with λ multiplied by η, as in torch."""
+    step, (β1, β2) = moments.step + 1, betas
+    first = jax.tree.map(lambda m, g: β1 * m + (1 - β1) * g, moments.first, gradients)
+    second = jax.tree.map(lambda v, g: β2 * v + (1 - β2) * g**2, moments.second, gradients)
+    known1, known2 = (1 - jnp.asarray(β) ** step for β in betas)
+
+    def update(path: tuple[Any, ...], θ: Array, m: Array, v: Array) -> Array:
+        η, m, v = jnp.asarray(rate, θ.dtype), m / known1.astype(m.dtype), v / known2.astype(v.dtype)
+        return θ - η * (m / (jnp.sqrt(v) + eps) + (0 if "norm" in path[-1].name else decay) * θ)
+
+    return jax.tree.map_with_path(update, params, first, second), Moments(step, first, second)
+
+
+def learning_rate(step: int, peak: float, warmup: int, steps: int, final: float) -> float:
+    """The rate of a step, counted from 0: linear up to peak at `warmup`, then half a cosine down to final at `steps`.
+
+    Loshchilov & Hutter 2017, arXiv:1608.03983, eq. (5), without restarts. As in llama2.c, step 0 changes nothing."""
+    if step < warmup:
+        return peak * step / warmup
+    turn = min(step - warmup, steps - warmup) / max(steps - warmup, 1)
+    return final + 0.5 * (1 + math.cos(math.pi * turn)) * (peak - final)
+
+
+class Adapter(NamedTuple):
+    """A change BA of low rank to a matrix, with the axes of the matrix: those of its input in a, of its output in b."""
+
+    a: Float[Array, "rank *inputs"]
+    b: Float[Array, "*outputs rank"]
+
+
+def adapt(params: Any, adapters: Any, scale: float) -> Any:
+    """Parameters with W + s BA for each W that has an `Adapter` in the tree `adapters`, which has None elsewhere.
+
+    Hu et al. 2021, arXiv:2106.09685, eq. (3), s = α/r. Trained are the adapters alone, by their own gradient."""
+
+    def changed(adapter: Adapter | None, w: Any) -> Any:
+        return w if adapter is None else w + scale * jnp.tensordot(adapter.b, adapter.a, 1).astype(w.dtype)
+
+    return jax.tree.map(changed, adapters, params, is_leaf=lambda node: node is None or isinstance(node, Adapter))
+
+
 # ---- 7. Choosing -----------------------------------------------------------------------------------------------------
 # A sampler maps logits to logits. It excludes a token by −∞, so samplers compose, and `softmax` ends any chain of them.
-
-Number = float | int | Float[Array, ""] | Int[Array, ""]
 
 
 def repetition_penalty(
@@ -576,16 +638,12 @@ def repetition_penalty(
 ) -> Float[Array, " vocab"]:
     """Divide the logits of tokens seen before by the penalty, or multiply them by it where they are negative.
 
-    Keskar et al. 2019, arXiv:1909.05858, §4.1. The paper divides negative logits too, which rewards repetition.
-    """
+    Keskar et al. 2019, arXiv:1909.05858, §4.1. The paper divides negative logits too, which rewards repetition."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def temperature(logits: Float[Array, " vocab"], t: Number) -> Float[Array, " vocab"]:
-    """xᵢ / t, shifted so that the largest is 0. Ackley, Hinton & Sejnowski 1985, Cognitive Science 9, eq. (5).
-
-    t = 0 is the limit: only the largest remain.
-    """
+    """(xᵢ − maxⱼ xⱼ) / t; at t = 0 only the largest remain. Ackley et al. 1985, Cognitive Science 9, eq. (5)."""
     below = logits - logits.max()
     return jnp.where(below == 0, below, below / t)
 
@@ -611,8 +669,7 @@ def largest(
     """The smallest set of largest x whose measures sum to at least the target; between equals the lower ids.
 
     It holds every xᵢ above the cut-off  max {τ : Σᵢ mᵢ [xᵢ ≥ τ] ≥ target}  and as many equal to it as are needed.
-    Floats are compared as unsigned integers in the same order, so that bisection is exact, and takes no sort.
-    """
+    Floats are compared as unsigned integers in the same order, so that bisection is exact, and takes no sort."""
     ids, (unsigned, width) = jnp.arange(len(x)), (jnp.uint64, 64) if x.dtype == jnp.float64 else (jnp.uint32, 32)
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)  # −0 equals 0
     sign = jnp.asarray(1 << (width - 1), unsigned)
@@ -635,8 +692,7 @@ def top_k(logits: Float[Array, " vocab"], k: Number) -> Float[Array, " vocab"]:
 def top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
     """Keep the smallest set of likeliest tokens whose probabilities sum to at least p.
 
-    Holtzman et al. 2019, arXiv:1904.09751, eq. (2). The likeliest always remains, and p = 1 keeps all.
-    """
+    Holtzman et al. 2019, arXiv:1904.09751, eq. (2). The likeliest always remains, and p = 1 keeps all."""
     return jnp.where(largest(logits, softmax(logits), p) | (p >= 1), logits, -jnp.inf)
 
 
@@ -648,8 +704,7 @@ def min_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
 def categorical(rng: Key[Array, ""], logits: Float[Array, " vocab"]) -> Int[Array, ""]:
     """A token with the probabilities softmax(logits): the first whose cumulative probability exceeds a uniform number.
 
-    Inverse transform sampling, Devroye 1986, Non-Uniform Random Variate Generation, §III.2.
-    """
+    Inverse transform sampling, Devroye 1986, Non-Uniform Random Variate Generation, §III.2."""
     p, ids = softmax(logits), jnp.arange(len(logits))
     u = jax.random.uniform(rng, dtype=p.dtype) * p.sum()
     return bisect(lambda n: jnp.where(ids < n, p, 0).sum() <= u, len(p).bit_length(), ids.dtype)
@@ -678,11 +733,9 @@ SAMPLERS: dict[str, Sampler] = {
     "temperature": Sampler(
         lambda x, _, t: jnp.where(t == 0, greedy(x), temperature(x, t)),
         "divide the logits by it; 0 always takes the likeliest token", 0, math.inf),
-    "top_k": Sampler(lambda x, _, k: top_k(x, k), "choose among so many likeliest tokens", 1, None),
-    "top_p": Sampler(
-        lambda x, _, p: top_p(x, p), "choose among the likeliest tokens that sum to this probability", 0, 1, True),
-    "min_p": Sampler(
-        lambda x, _, p: min_p(x, p), "choose among tokens so many times as likely as the likeliest", 0, 1),
+    "top_k": Sampler(lambda x, _, k: top_k(x, k), "take from so many likeliest tokens", 1, None),
+    "top_p": Sampler(lambda x, _, p: top_p(x, p), "take from the likeliest that sum to this probability", 0, 1, True),
+    "min_p": Sampler(lambda x, _, p: min_p(x, p), "take from those so many times as likely as the likeliest", 0, 1),
 }  # fmt: skip
 
 
@@ -690,8 +743,7 @@ class Sampling(NamedTuple):
     """How a token is chosen: by the samplers of the table above, in its order. None leaves one out.
 
     The defaults are those of Meta's generation.py. As a tree of numbers and Nones it goes through `jit`, which compiles
-    anew for another set of samplers, not for other numbers.
-    """
+    anew for another set of samplers, not for other numbers."""
 
     repetition_penalty: float | None = None
     temperature: float | None = 0.6
@@ -735,16 +787,13 @@ def specs(config: Config) -> Params:
     """Every parameter's partition over a mesh with axes "tensor" and "fsdp", read off its annotation.
 
     With parameters placed so, XLA's partitioner derives all communication: Xu et al. 2021, arXiv:2105.04663. Each
-    axis must be divisible by the mesh axis that splits it.
-    """
+    axis must be divisible by the mesh axis that splits it."""
     return by_axes(config, lambda axes: PartitionSpec(*map(RULES.get, axes)))
 
 
 # ---- 9. Properties ---------------------------------------------------------------------------------------------------
 # What holds for any Llama, to call on your own. A model is a function from token ids to logits, (seq) to (seq, vocab),
 # in arrays that numpy can read. A check returns None, or raises AssertionError saying where the property fails.
-
-Logits = Callable[[Any], Any]
 
 
 def plain(array: Any) -> Float[np.ndarray, "..."]:
@@ -766,7 +815,7 @@ def same(got: Any, want: Any, bound: float, what: str) -> None:
     require(error <= bound, f"{what}: got a relative error of {error:.1e}, expected at most {bound:.0e}")
 
 
-def logits_of(model: Logits, tokens: Any) -> Float[np.ndarray, "seq vocab"]:
+def logits_of(model: Callable[[Any], Any], tokens: Any) -> Float[np.ndarray, "seq vocab"]:
     """A model's logits, one row for each token."""
     scores = plain(model(tokens))
     fits = scores.ndim == 2 and len(scores) == len(tokens)
@@ -774,7 +823,7 @@ def logits_of(model: Logits, tokens: Any) -> Float[np.ndarray, "seq vocab"]:
     return scores
 
 
-def check_causality(model: Logits, tokens: Any, vocab: int) -> None:
+def check_causality(model: Callable[[Any], Any], tokens: Any, vocab: int) -> None:
     """Another token at t leaves all logits before t bit for bit the same, and changes those at t."""
     tokens = np.array(tokens)
     want = logits_of(model, tokens)
@@ -786,11 +835,10 @@ def check_causality(model: Logits, tokens: Any, vocab: int) -> None:
         require(bool((got[t] != want[t]).any()), f"logits at a change at {t}: got the same, expected a change")
 
 
-def check_cache(step: Callable[[Any, Any], tuple[Any, Any]], model: Logits, tokens: Any, bound: float) -> None:
+def check_cache(step: Callable[..., Any], model: Callable[[Any], Any], tokens: Any, bound: float) -> None:
     """A prefill followed by decoding token by token gives the logits of the whole, for every length of the prefill.
 
-    `step(tokens, cache)` returns logits and a cache, and takes None for an empty cache.
-    """
+    `step(tokens, cache)` returns logits and a cache, and takes None for an empty cache."""
     tokens = np.asarray(tokens)
     want = logits_of(model, tokens)
     for cut in range(1, len(tokens)):
@@ -801,9 +849,7 @@ def check_cache(step: Callable[[Any, Any], tuple[Any, Any]], model: Logits, toke
             same(plain(logits)[-1], want[t], bound, f"logits at {t} after a prefill of {cut}")
 
 
-def check_rows(
-    rows: Callable[[Sequence[Any]], Sequence[Any]], model: Logits, tokens: Sequence[Any], bound: float
-) -> None:
+def check_rows(rows: Callable[..., Any], model: Callable[[Any], Any], tokens: Sequence[Any], bound: float) -> None:
     """Rows of unequal lengths run as one batch, in either order, have the logits they have alone."""
     want = [logits_of(model, np.asarray(row)) for row in tokens]
     for order in (slice(None), slice(None, None, -1)):
@@ -832,11 +878,9 @@ def check_rotation(rotate: Callable[[Any, int], Any], head_dim: int, bound: floa
 def check_heads(
     model: Callable[[Params, Config, Any], Any], params: Params, config: Config, tokens: Any, bound: float
 ) -> None:
-    """`model(params, config, tokens)` gives the same with keys and values repeated for every query head, as in MHA.
+    """`model(params, config, tokens)` gives the same with other orders of heads, and keys and values for each of them.
 
-    And with the heads in another order. Your own model takes the parameters through `to_hf` or `to_llama2c`, which
-    stand in lovely_llama_tools.
-    """
+    Your own model takes the parameters through lovely_llama_tools' `to_hf` or `to_llama2c`."""
     want = model(params, config, tokens)
 
     def each(change: Callable[[Attention], Attention]) -> Params:

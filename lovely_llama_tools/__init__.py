@@ -12,23 +12,28 @@ if TYPE_CHECKING:
     from .chat import chat_prompt as chat_prompt
     from .files import default_model as default_model
     from .files import load as load
+    from .files import save as save
     from .formats import Model as Model
     from .formats.hugging_face import from_hf as from_hf
     from .formats.hugging_face import to_hf as to_hf
+    from .formats.hugging_face_config import config_from_hf as config_from_hf
+    from .formats.hugging_face_config import config_to_hf as config_to_hf
     from .formats.llama2c import from_llama2c as from_llama2c
     from .formats.llama2c import to_llama2c as to_llama2c
     from .generate import Session as Session
     from .generate import generate as generate
     from .tokens import Tokenizer as Tokenizer
+    from .tokens import folder_tokenizer as folder_tokenizer
 
 WHERE = {
     "chat": ["chat_prompt"],
-    "files": ["default_model", "load"],
+    "files": ["default_model", "load", "save"],
     "formats": ["Model"],
     "formats.hugging_face": ["from_hf", "to_hf"],
+    "formats.hugging_face_config": ["config_from_hf", "config_to_hf"],
     "formats.llama2c": ["from_llama2c", "to_llama2c"],
     "generate": ["Session", "generate"],
-    "tokens": ["Tokenizer"],
+    "tokens": ["Tokenizer", "folder_tokenizer"],
 }
 MODULES = {name: module for module, names in WHERE.items() for name in names}
 

@@ -25,13 +25,14 @@ def leave_on_interrupt() -> None:
     signal.signal(signal.SIGINT, lambda _, __: None)
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     terminal = termios.tcgetattr(0) if os.isatty(0) else None
+    shown = os.dup(2) if cast(Any, sys.stderr) else os.open(os.devnull, os.O_WRONLY)  # while 2 itself may be redirected
 
     def wait() -> None:
         while os.read(listen, 1)[0] != signal.SIGINT or interrupted():
             pass
         if terminal:
             termios.tcsetattr(0, termios.TCSANOW, terminal)
-        os.write(2, b"\n")
+        os.write(shown, b"\n")
         os._exit(130)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -39,8 +40,8 @@ def leave_on_interrupt() -> None:
 
 def interrupted() -> bool:
     """Whether there is an answer that an interrupt ends, so that the process goes on."""
-    commands: Any = sys.modules.get("lovely_llama_tools.commands")
-    return hasattr(commands, "main") and commands.interrupt()  # its last function: or it is yet to be imported
+    talk: Any = sys.modules.get("lovely_llama_tools.talk")
+    return hasattr(talk, "interrupt") and talk.interrupt()  # if it has been imported so far
 
 
 def keep_programs(folder: Path) -> None:

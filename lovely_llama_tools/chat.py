@@ -6,7 +6,7 @@ from typing import Any
 
 from lovely_llama import LlamaError, check
 
-from .tokens import Tokenizer, check_text, template_environment
+from .tokens import Tokenizer, check_text, segments, template_environment
 
 
 def recent(tokenizer: Tokenizer | None, messages: list[dict[str, str]], limit: int) -> list[dict[str, str]]:
@@ -21,44 +21,48 @@ def recent(tokenizer: Tokenizer | None, messages: list[dict[str, str]], limit: i
     return [*system, *turns]
 
 
-def chat_prompt(tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def chat_prompt(
+    tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, Any]], template: str | None = None, **values: Any
+) -> list[int]:  # fmt: skip
     """The tokens that ask for an answer to messages, each a mapping with "role" and "content".
 
-    The names of special tokens in the template are those tokens; in a message they are text, and begin no turn.
+    The names of special tokens in the template are those tokens; in a message they are text, and begin no turn. A
+    tokenizer may have several templates, of which `template` names one. `values` are what else a template can ask for,
+    such as `tools`; they are taken as part of the template.
     """
-    if tokenizer is None or tokenizer.template is None:
+    if tokenizer is None:
         raise LlamaError("model", "chat_template", "none", "a template: this model continues texts, with `generate`")
-
-    def refuse(message: str) -> None:
-        raise LlamaError("model", "chat_template", f"{message!r}", "a conversation that the template accepts")
-
+    source, named = tokenizer.template if template is None else tokenizer.templates.get(template), tokenizer.templates
+    if source is None:
+        which = f"one of {', '.join(named)}" if named else "a template: this model continues texts, with `generate`"
+        raise LlamaError("model", "chat_template", template or "none", which)
     for value in (value for message in messages for value in message.values()):
         check("message", type(value).__name__, isinstance(value, str), "texts only")
         check_text("message", value)
     # Names of special tokens in a message go through the template as numbers between two characters that are in none.
-    written = "".join(value for message in messages for value in message.values()) + tokenizer.template
+    written = "".join(value for message in messages for value in message.values()) + source
     mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in written)
-    names = sorted(tokenizer.specials, key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-    escaped = [
-        {key: special.sub(lambda m: f"{mark}{names.index(m[0])}{mark}", value) for key, value in message.items()}
-        for message in messages
-    ]
+
+    def escape(text: str) -> str:
+        parts = segments(text, tokenizer.specials)
+        return "".join(part if token is None else f"{part}{mark}{token}{mark}" for part, token in parts)
+
+    escaped = [{key: escape(value) for key, value in message.items()} for message in messages]
     name_of = {token: name for name, token in tokenizer.specials.items()}
     bos, eos = ("" if token is None else name_of.get(token, "") for token in (tokenizer.bos, tokenizer.eos))
-    values = {"add_generation_prompt": True, "raise_exception": refuse, "bos_token": bos, "eos_token": eos}
+    usual = {"tools": None, "documents": None, "add_generation_prompt": True, "bos_token": bos, "eos_token": eos}
+    environment = template_environment()
     try:
-        text = template_environment().from_string(tokenizer.template).render(messages=escaped, **values)
+        text = environment.from_string(source).render(messages=escaped, **usual | values)
     except LlamaError:
         raise
     except Exception as error:  # of jinja2, or of whatever the template calls
         raise LlamaError("model", "chat_template", f"{type(error).__name__}: {error}", "one that renders") from error
-    tokens, end = list[int](), 0
-    for found in [*special.finditer(text), None]:
-        part = text[end : found.start() if found else None]
-        part = re.sub(f"{mark}(\\d+){mark}", lambda m: names[int(m[1])], part)
+    if mark not in text:
+        return tokenizer.encode(text, True)
+    tokens = list[int]()
+    for part, token in segments(text, tokenizer.specials):
+        part = re.sub(f"{mark}(\\d+){mark}", lambda found: name_of[int(found[1])], part)
         tokens += tokenizer.encode(part, False) if part else []
-        if found:
-            tokens.append(tokenizer.specials[found[0]])
-            end = found.end()
+        tokens += [] if token is None else [token]
     return tokens

@@ -1,12 +1,21 @@
 """Optional packages: imported where they are needed, and named in one line where they are missing."""
 
 import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 from lovely_llama import LlamaError
 
 # The packages of each extra, by the names under which an index has them. This project itself is on none.
-PACKAGES = {"chat": ("gguf", "tokenizers", "jinja2")}
+PACKAGES = {
+    "chat": ("gguf", "tokenizers", "jinja2", "tqdm"),
+    "hub": ("huggingface_hub",),
+    "torch": ("torch",),
+    "tiktoken": ("tiktoken",),
+}
 
 
 def extra(module: str, name: str) -> Any:
@@ -16,3 +25,18 @@ def extra(module: str, name: str) -> Any:
     except ImportError as error:
         how = f"it: pip install {' '.join(PACKAGES[name])}"
         raise LlamaError("environment", module.split(".")[0], "no such package", how) from error
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str = "") -> Generator[Callable[[int], object]]:
+    """A bar on stderr for something that takes over a second; what it gives is called with each advance.
+
+    There is none where stderr is no terminal, or tqdm is not installed.
+    """
+    shown = sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison] -- if closed
+    if not shown or importlib.util.find_spec("tqdm") is None:
+        yield lambda n: None
+        return
+    bar: Any = importlib.import_module("tqdm").tqdm(total=total, desc=what, unit=unit, delay=1, leave=False)
+    with bar:
+        yield bar.update

@@ -256,7 +256,7 @@ def generate(
     if isinstance(prompt, str):
         prompt = encode_prompt(cast(Tokenizer, tokenizer), prompt, config.ctx)
     tokens = check_tokens(prompt, config.vocab, config.ctx, "prompt").tolist()
-    sampling = sampling or Sampling()
+    sampling = sampling or model.sampling or Sampling()
     sampling.check(config.vocab)
     max_new = config.ctx if max_new is None else max_new
     enough = is_whole(max_new) and 0 <= max_new <= config.ctx

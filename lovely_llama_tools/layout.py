@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -99,22 +98,33 @@ def from_arrays(layout: Layout, arrays: Mapping[str, Any], config: Config) -> Pa
     return from_named(layout, lambda name: copied(arrays[name]), config)
 
 
+def to_named(layout: Layout, params: Params, config: Config) -> Callable[[str], Float[np.ndarray, "..."]]:
+    """What gives each tensor by its name in a file, made when asked for: the inverse of `from_named`."""
+    check_params(params, config)
+    paths = {tensor(layout, path, leaf.shape)[0]: path for path, leaf in jax.tree.leaves_with_path(shapes(config))}
+    wanted, stacked = all_tensors(layout, config), isinstance(params.blocks, Block)
+
+    def get(name: str) -> Float[np.ndarray, "..."]:
+        node: Any = params
+        for key in paths[name]:
+            if hasattr(key, "name"):
+                node = getattr(node, key.name)
+            elif not stacked:
+                node = node[key.idx]
+        layer = [key.idx for key in paths[name] if stacked and hasattr(key, "idx")]
+        array = np.asarray(node[layer[0]] if layer else node)
+        if layout.half_split and paths[name][-1].name in ("q", "k"):
+            *heads, width, dim = array.shape
+            array = array.reshape(*heads, width // 2, 2, dim).swapaxes(-3, -2)
+        return array.reshape(wanted[name])
+
+    return get
+
+
 def to_arrays(layout: Layout, params: Params, config: Config) -> dict[str, Float[np.ndarray, "..."]]:
     """The inverse of `from_arrays`."""
-    check_params(params, config)
-    if isinstance(params.blocks, Block):
-        blocks = params.blocks
-        params = params._replace(blocks=tuple(jax.tree.map(itemgetter(i), blocks) for i in range(config.layers)))
-
-    def of(path: tuple[Any, ...], leaf: Array) -> tuple[str, Float[np.ndarray, "..."]]:
-        name, shape = tensor(layout, path, leaf.shape)
-        array = np.asarray(leaf)
-        if layout.half_split and path[-1].name in ("q", "k"):
-            *heads, width, dim = leaf.shape
-            array = array.reshape(*heads, width // 2, 2, dim).swapaxes(-3, -2)
-        return name, array.reshape(shape)
-
-    return dict(of(path, leaf) for path, leaf in jax.tree.leaves_with_path(params))
+    get = to_named(layout, params, config)
+    return {name: get(name) for name in all_tensors(layout, config)}
 
 
 def rope_scaling(fields: Mapping[str, Any], file: object) -> RopeScaling | None:

@@ -197,12 +197,14 @@ TINY = Config(len(TOKENS), 32, 2, 2, 2, 8, 24, 64, 1e-5, 1e4, None, True)
 
 def tiny_fields(config: Config = TINY) -> dict[str, Any]:
     """The metadata fields of a GGUF."""
-    return {
+    heads = config.kv_heads * config.q_per_kv
+    widths = {} if config.head_dim * heads == config.dim else {"llama.attention.key_length": config.head_dim}
+    return widths | {
         "llama.block_count": config.layers,
         "llama.context_length": config.ctx,
         "llama.embedding_length": config.dim,
         "llama.feed_forward_length": config.hidden_dim,
-        "llama.attention.head_count": config.kv_heads * config.q_per_kv,
+        "llama.attention.head_count": heads,
         "llama.attention.head_count_kv": config.kv_heads,
         "llama.attention.layer_norm_rms_epsilon": config.eps,
         "llama.rope.freq_base": config.theta,
@@ -223,10 +225,14 @@ def tiny_arrays(config: Config = TINY, seed: int = 0, scale: float = 0.3) -> Arr
     return {name: np.float32(scale) * array for name, array in random_arrays(GGUF, config, seed).items()}
 
 
-def write_gguf(path: Path, fields: Mapping[str, Any], arrays: Mapping[str, Any], quantised: Iterable[str] = ()) -> Path:
-    """Write a GGUF with the gguf package, some tensors quantised to Q8_0."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_custom_alignment(64)  # so that jax could alias mapped memory if it were not copied
+def write_gguf(
+    path: Path, fields: Mapping[str, Any], arrays: Mapping[str, Any], quantised: Iterable[str] = (),
+    kind: str = "Q8_0", split: int = 0,
+) -> Path:  # fmt: skip
+    """Write a GGUF with the gguf package, some tensors quantised, in files of at most so many tensors."""
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=split)
+    if not split:
+        writer.add_custom_alignment(64)  # so that jax could alias mapped memory if it were not copied
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
@@ -238,8 +244,8 @@ def write_gguf(path: Path, fields: Mapping[str, Any], arrays: Mapping[str, Any],
         add[type(value)](name, value)
     for name, array in arrays.items():
         if name in quantised:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+            quantisation = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, blocks(array, quantisation), raw_dtype=quantisation)
         else:
             writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -247,6 +253,19 @@ def write_gguf(path: Path, fields: Mapping[str, Any], arrays: Mapping[str, Any],
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def blocks(array: "np.ndarray[Any, Any]", kind: gguf.GGMLQuantizationType) -> "np.ndarray[Any, Any]":
+    """An array quantised by the gguf package, or random blocks of a type that it only reads."""
+    block, width = gguf.GGML_QUANT_SIZES[kind]
+    scales = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind.name)
+    if not scales:
+        return gguf.quants.quantize(array, kind)
+    rng = np.random.default_rng(array.size)
+    raw = rng.integers(0, 256, (array.size // block, width), np.uint8)
+    for at in scales:
+        raw[:, at : at + 2] = rng.normal(size=(len(raw), 1)).astype(np.float16).view(np.uint8)
+    return raw.reshape(*array.shape[:-1], -1)
 
 
 def write_talker(path: Path, says: str = "abcdefgh", ctx: int = 64) -> Path:

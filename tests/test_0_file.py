@@ -117,8 +117,8 @@ FUNCTIONS = {
     for name, function in inspect.getmembers(ll, inspect.isfunction)
     if function.__module__ == ll.__name__ and 3 <= part_of(inspect.unwrap(function).__code__.co_firstlineno) <= 7
 }
-NUMBERS = {"return", "start", "filled", "target", "penalty", "t", "k", "p"}  # which may be plain ones
-WITHOUT_ARRAYS = {"rope_frequencies", "bisect"}
+NUMBERS = {"return", "start", "filled", "target", "penalty", "t", "k", "p", "rate"}  # which may be plain ones
+WITHOUT_ARRAYS = {"rope_frequencies", "bisect", "clip", "moments", "adapt", "learning_rate"}  # some have trees of them
 
 
 def parts(annotation: Any) -> Iterator[Any]:
@@ -149,7 +149,10 @@ def test_every_array_has_its_axes_in_the_signature(name: str) -> None:
 
 def arguments(name: str) -> dict[str, Any]:
     """Valid arguments, chosen by parameter name or made from the axes in the annotation."""
-    params, sizes = random_params(SMALL), {**vars(SMALL), "seq": 5, "pairs": SMALL.head_dim // 2, "n": 7}
+    params, sizes = (
+        random_params(SMALL),
+        {**vars(SMALL), "micro": 3, "batch": 2, "seq": 5, "pairs": SMALL.head_dim // 2, "n": 7},
+    )
     blocks, caches = layers_of(params), ll.empty_cache(SMALL, SMALL.ctx, jnp.float32)
     w = blocks[0].attn if name == "attention" else blocks[0]
     cache = caches[0] if name in ("attention", "block") else caches
@@ -157,7 +160,8 @@ def arguments(name: str) -> dict[str, Any]:
         "w": w, "params": params, "config": SMALL, "cache": cache, "start": jnp.array(0), "eps": 1e-5,
         "position": jnp.array(3), "filled": None, "size": 4, "rng": jax.random.key(0), "blocks": blocks,
         "layer": lambda x, w, cache: (x, cache), "target": 3, "penalty": 1.5, "t": 0.5, "k": 3, "p": 0.5,
-        "sampling": ll.Sampling(),
+        "sampling": ll.Sampling(), "keep": "dots", "dtype": None, "objective": partial(ll.loss, config=SMALL),
+        "gradients": params, "moments": ll.moments(params), "rate": 0.1, "decay": 0.1, "betas": (0.9, 0.99),
     }  # fmt: skip
 
     def value(parameter: str, annotation: Any) -> Any:

@@ -1,20 +1,39 @@
-"""Part 6: the loss, against llama2.c, the formula in float64 and finite differences."""
+"""Part 6: the loss, against llama2.c, the formula in float64 and finite differences; the optimiser against torch's."""
 
+import importlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import torch
 from asserts import assert_close, jit
-from builders import SMALL, Recording, random_params
+from builders import SMALL, Recording, layers_of, random_params
 from jax import numpy as jnp
 from jax.test_util import check_grads
 
 import lovely_llama
-from lovely_llama import LlamaError, Params, logits, loss, shapes
+from lovely_llama import (
+    KEEP,
+    Adapter,
+    Config,
+    LlamaError,
+    Params,
+    accumulate,
+    adamw,
+    adapt,
+    clip,
+    learning_rate,
+    logits,
+    loss,
+    moments,
+    shapes,
+)
 from lovely_llama_tools.formats.llama2c import from_llama2c
 
+optax: Any = importlib.import_module("optax")  # which is partly untyped
 PARAMS = random_params(SMALL)
 TOKENS = np.array([[3, 28, 0, 17, 3], [9, 21, 11, 5, 5], [1, 2, 3, 4, 5]], np.int32)
 TARGETS = np.array([[28, 0, 17, -1, 28], [-1, -1, 5, 5, 9], [0, -1, -1, -1, -1]], np.int32)
@@ -87,7 +106,7 @@ def test_bad_batches_are_refused_outside_jit(tokens: Any, targets: Any, field: s
 def test_loss_is_at_least_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides use the same bfloat16 logits, since two programs that compute them may round them differently."""
     scores = jnp.array(4 * np.random.default_rng(0).standard_normal((SMALL.vocab, SMALL.vocab)), jnp.bfloat16)
-    monkeypatch.setattr(lovely_llama, "logits", lambda params, tokens, config: scores[tokens])
+    monkeypatch.setattr(lovely_llama, "logits", lambda params, tokens, *_: scores[tokens])
     got = loss(PARAMS, jnp.array(TOKENS), jnp.array(TARGETS), SMALL)
     assert got.dtype == jnp.float32
     wide, counts = np.asarray(scores, np.float64)[TOKENS], TARGETS >= 0
@@ -121,3 +140,188 @@ def test_gradient_matches_finite_differences(x64: None) -> None:
     params = random_params(SMALL, dtype=jnp.float64)
     loss_at = jax.jit(lambda params: loss(params, jnp.array(TOKENS), jnp.array(TARGETS), SMALL))
     check_grads(loss_at, (params,), order=1, modes=["rev"], eps=1e-6, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_kept_changes_no_result(dtype: Any) -> None:
+    """But the memory: with "nothing" a layer keeps its input alone. Gradients have the dtype of the parameters."""
+    results = [
+        jit(jax.value_and_grad(partial(loss, config=SMALL, keep=keep, dtype=dtype)))(PARAMS, TOKENS, TARGETS)
+        for keep in KEEP
+    ]
+    assert_close(results[0], results[1], 1e-5 if dtype == jnp.float32 else 5e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(np.float32)}
+    exact = loss_of(PARAMS, TOKENS, TARGETS)
+    assert (results[0][0] == exact) == (dtype == jnp.float32)
+    assert_close(results[0][0], exact, 1e-2)
+
+
+def test_keeping_nothing_takes_less_memory() -> None:
+    """Of a layer, its input alone: seq × dim numbers, where its seven products have 12 times as many.
+
+    Layers are stacked, as those of deep models are. In a tuple, XLA may find on a CPU that it computes things twice.
+    """
+    config = Config(29, 64, 8, 1, 2, 32, 256, 256, 1e-5, 1e4, None, True)
+    like = shapes(config)
+    like = like._replace(blocks=jax.eval_shape(lovely_llama.stack, like.blocks))
+
+    def temporary(keep: str) -> int:
+        tokens = jax.ShapeDtypeStruct((256,), jnp.int32)
+        gradient = jax.jit(jax.grad(partial(loss, config=config, keep=keep)))
+        analysis = gradient.lower(like, tokens, tokens).compile().memory_analysis()
+        assert analysis
+        return analysis.temp_size_in_bytes
+
+    assert temporary("dots") - temporary("nothing") > 8 * 256 * 4 * 600
+
+
+# ---- The optimiser ---------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_equal_the_whole_batch() -> None:
+    """Rows have 4, 3 and 1 targets, so that the mean of the rows' means would be another number."""
+    objective = partial(loss, config=SMALL)
+    whole = jit(jax.value_and_grad(objective))(PARAMS, TOKENS, TARGETS)
+    all_parts = jit(partial(accumulate, objective))
+    assert_close(all_parts(PARAMS, TOKENS[:, None], TARGETS[:, None]), whole, 1e-5)
+    nothing = all_parts(PARAMS, TOKENS[:, None], np.full_like(TARGETS[:, None], -1))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+
+
+def drawn(seed: int, like: Any, size: float = 1) -> Any:
+    """A tree of normally distributed arrays."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.array(size * rng.standard_normal(leaf.shape), jnp.float32), like)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_clipping_is_that_of_torch_and_optax(size: float) -> None:
+    gradients = drawn(0, PARAMS, size)
+    clipped, norm = jit(partial(clip, limit=1.5))(gradients)
+    theirs = [torch.nn.Parameter(torch.zeros(leaf.shape)) for leaf in jax.tree.leaves(gradients)]
+    for parameter, leaf in zip(theirs, jax.tree.leaves(gradients), strict=True):
+        parameter.grad = torch.tensor(np.asarray(leaf))
+    assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, 1.5).numpy(), 1e-6)
+    assert_close(jax.tree.leaves(clipped), [parameter.grad for parameter in theirs], 5e-6)  # torch adds 1e-6 to norms
+    transform = optax.clip_by_global_norm(1.5)
+    assert_close(clipped, transform.update(gradients, transform.init(PARAMS))[0], 1e-6)
+
+
+def test_no_gradient_is_not_clipped_to_nan() -> None:
+    nothing, norm = clip(jax.tree.map(jnp.zeros_like, PARAMS), 1.0)
+    assert norm == 0 and not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+
+
+def test_adamw_is_that_of_torch_and_optax() -> None:
+    """Ten steps of different rates, with the decay on everything but the gains of norms."""
+    rates = [learning_rate(step, 0.02, 3, 10, 0.001) for step in range(10)]
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(PARAMS)}
+    theirs = {name: torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for name, leaf in named.items()}
+    norms = [parameter for name, parameter in theirs.items() if name.endswith("norm")]
+    others = [parameter for name, parameter in theirs.items() if not name.endswith("norm")]
+    assert len(norms) == 5 and len(others) == 16
+    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    mask = jax.tree.map_with_path(lambda path, _: "norm" not in path[-1].name, PARAMS)
+    transform = optax.adamw(lambda step: jnp.array(rates)[step], 0.9, 0.95, 1e-8, weight_decay=0.1, mask=mask)
+    other, state = PARAMS, transform.init(PARAMS)
+    params, remembered, step = PARAMS, moments(PARAMS), jit(partial(adamw, decay=0.1))
+    for i, rate in enumerate(rates):
+        gradients = drawn(i, PARAMS, 10.0 ** (i % 3 - 1))
+        params, remembered = step(params, gradients, remembered, np.float32(rate))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for parameter, leaf in zip(theirs.values(), jax.tree.leaves(gradients), strict=True):
+            parameter.grad = torch.tensor(np.asarray(leaf))
+        optimizer.step()
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = transform.update(gradients, state, other)
+        other = optax.apply_updates(other, updates)
+    assert remembered.step == 10
+    assert_close(jax.tree.leaves(params), [parameter.detach() for parameter in theirs.values()], 1e-6)
+    assert_close(params, other, 1e-6)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_decay_spares_gains_by_name(stacked: bool) -> None:
+    """Stacked, a layer's gains are a matrix; they still do not decay."""
+    params = PARAMS._replace(blocks=lovely_llama.stack(layers_of(PARAMS))) if stacked else PARAMS
+    after, _ = adamw(params, jax.tree.map(jnp.zeros_like, params), moments(params), 0.5, 0.1)
+    for (path, new), old in zip(jax.tree.leaves_with_path(after), jax.tree.leaves(params), strict=True):
+        assert_close(new, old if "norm" in path[-1].name else 0.95 * old, 1e-6)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate(step, 3e-4, 100, 1000, 3e-5) for step in (0, 50, 100, 550, 1000, 2000)]
+    assert rates == pytest.approx([0, 1.5e-4, 3e-4, 1.65e-4, 3e-5, 3e-5], rel=1e-12)
+    schedule = optax.warmup_cosine_decay_schedule(0, 3e-4, 100, 1000, 3e-5)
+    for step in range(0, 1200, 7):
+        assert learning_rate(step, 3e-4, 100, 1000, 3e-5) == pytest.approx(np.asarray(schedule(step)).item(), rel=1e-5)
+    assert learning_rate(0, 1.0, 0, 0, 0.5) == 1
+
+
+def test_a_run_of_llama2c_is_reproduced(recording: Recording, x64: None) -> None:
+    """Twenty steps of its model and optimiser: each loss, rate and norm, and the parameters at the end.
+
+    Ours are in float64, so that the differences are llama2.c's rounding alone. That of the deep models is amplified
+    from step to step.
+    """
+    if "train.loss" not in recording.arrays:  # a live checkout records no run
+        return
+    config, arrays, train = recording.config, recording.arrays, recording.train
+    bound = 1e-2 if config.layers > 10 else 1e-4
+    tokens, losses, rates = (arrays[f"train.{name}"] for name in ("tokens", "loss", "lr"))
+    gradient = jit(partial(accumulate, partial(loss, config=config)))
+    shrink, update = jit(partial(clip, limit=train["grad_clip"])), jit(partial(adamw, decay=train["weight_decay"]))
+
+    def read(prefix: str) -> Params:
+        named = {name: np.asarray(array, np.float64) for name, array in recording.under(prefix).items()}
+        return from_llama2c(named, config)
+
+    params = read("param.")
+    remembered = moments(params)
+    for step, (batch, want, rate) in enumerate(zip(tokens, losses, rates, strict=True)):
+        settings = (train["learning_rate"], train["warmup_iters"], train["lr_decay_iters"], train["min_lr"])
+        assert learning_rate(step, *settings) == rate
+        value, gradients = gradient(params, batch[..., :-1], batch[..., 1:])
+        if not step:  # the first step's gradient was added to one that was still there
+            gradients = jax.tree.map(lambda a, b: a + b, gradients, read("grad."))
+        gradients, norm = shrink(gradients)
+        params, remembered = update(params, gradients, remembered, np.float64(rate))
+        assert_close(value, want, 1e-5, f"loss {step}")
+        assert_close(norm, arrays["train.grad_norm"][step], bound, f"norm {step}")
+    assert_close(params, read("train.param."), bound)
+
+
+# ---- Adapters --------------------------------------------------------------------------------------------------------
+
+
+def loss_with(params: Params, config: Config) -> jax.Array:
+    return loss(params, jnp.array(TOKENS), jnp.array(TARGETS), config)
+
+
+def test_adapters_change_weights_by_a_product() -> None:
+    """As `peft` computes it: W + (α/r) B A, with the matrix as [out, in]."""
+    w = PARAMS.blocks[0].attn  # pyright: ignore
+    q = Adapter(drawn(1, jnp.zeros((4, 14))), drawn(2, jnp.zeros((3, 4, 10, 4))))
+    o = Adapter(drawn(3, jnp.zeros((4, 3, 4, 10))), drawn(4, jnp.zeros((14, 4))))
+    got = adapt(w, w._replace(q=q, k=None, v=None, o=o), 0.5)
+    assert got.k is w.k and got.v is w.v
+    a, b = np.asarray(q.a), np.asarray(q.b).reshape(-1, 4)
+    assert_close(got.q.reshape(-1, 14), np.asarray(w.q).reshape(-1, 14) + 0.5 * b @ a, 1e-6)
+    a, b = np.asarray(o.a).reshape(4, -1), np.asarray(o.b)
+    assert_close(got.o.reshape(14, -1), np.asarray(w.o).reshape(14, -1) + 0.5 * b @ a, 1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_are_trained_alone(tied: bool) -> None:
+    """The gradient has their structure, whether the embedding is tied or not; zeros in b change nothing."""
+    config = replace(SMALL, tied=tied)
+    params, nothing = random_params(config), jax.tree.map(lambda leaf: None, shapes(config))
+    q = Adapter(drawn(1, jnp.zeros((2, 14))), jnp.zeros((3, 4, 10, 2)))
+    adapters = nothing._replace(blocks=tuple(b._replace(attn=b.attn._replace(q=q)) for b in nothing.blocks))
+    objective = jit(jax.value_and_grad(lambda low: loss_with(adapt(params, low, 2.0), config)))
+    value, gradient = objective(adapters)
+    assert_close(value, loss_with(params, config), 1e-6)
+    assert jax.tree.structure(gradient) == jax.tree.structure(adapters)
+    assert all(b.attn.q.b.any() and not b.attn.q.a.any() for b in gradient.blocks)

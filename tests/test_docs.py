@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bench
+import formats
 import numerics
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from mutants import MUTANTS
 from test_dev import load_dev
 
 import lovely_llama
-from lovely_llama_tools import commands, files
+from lovely_llama_tools import files, talk
 
 ROOT = Path(__file__).parents[1]
 DEV = load_dev()
@@ -85,13 +86,15 @@ def test_commands_run(command: str, programs: Path, tmp_path: Path) -> None:
         assert shlex.split(command)[2:] in [step[:-2] for step in DEV.readme_steps()]  # but for the versions
         return
     script = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'dev'))}"
-    command = re.sub(r"^\./dev", script, command) + " --max-new 4"  # an answer could otherwise fill the context
+    command = re.sub(r"^\./dev", script, command)
+    talks = re.search(" (chat|generate) ", command)
+    command += " --max-new 4" * bool(talks)  # an answer could otherwise fill the context
     conversation = "/help\nHello\n/bye\n" if "--system" in command else ""
     (tmp_path / "LICENSE").symlink_to(ROOT / "LICENSE")
     done = run(programs, "sh", "-c", command, cwd=tmp_path, text=conversation)
     assert done.stdout.strip()
-    assert ("; new 4, " in done.stderr) == ("--quiet" not in command)
-    assert (commands.HELP in done.stderr) == bool(conversation)
+    assert ("; new 4, " in done.stderr) == bool(talks and "--quiet" not in command)
+    assert (talk.HELP in done.stderr) == bool(conversation)
 
 
 def test_pip_installs_every_module(programs: Path) -> None:
@@ -226,6 +229,14 @@ def test_a_machine_replaces_its_own_section() -> None:
     assert page == "\n".join(["before", bench.BEGIN, "\n\n".join(machines), bench.END, "after", ""])
     again = made("A", 120, 150, "4")
     assert bench.with_section(page, again) == page.replace(machines[1], again)
+
+
+# ---- Formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_formats_are_up_to_date() -> None:
+    _, written, _ = formats.split(formats.PAGE.read_text())
+    assert written == formats.table(), "docs/files.md is stale: run ./dev formats --write"
 
 
 # ---- Numerics --------------------------------------------------------------------------------------------------------

@@ -1,18 +1,24 @@
-"""Checkpoint formats, one module each: a file in, a `Model` out. Here is what they share."""
+"""Checkpoint formats, one module each: a file or a folder in, a `Checkpoint` out. Here is what they share."""
 
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import jax
 import numpy as np
+from jax import numpy as jnp
 from jaxtyping import Float
 
-from lovely_llama import Config, LlamaError, Params, check, count
+from lovely_llama import Config, LlamaError, Params, Sampling, check, count
 
+from ..extras import progress
+from ..layout import NAMES, Layout, all_tensors, from_named
 from ..tokens import Tokenizer
+
+DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
 
 
 class Model(NamedTuple):
@@ -25,20 +31,96 @@ class Model(NamedTuple):
     def __repr__(self) -> str:
         return f"Model({count(self.config):,} parameters, {self.config}, {self.tokenizer})"
 
+    @property
+    def sampling(self) -> Sampling | None:
+        """What the checkpoint recommends. It stands with the tokenizer, beside the tokens that end an answer."""
+        return self.tokenizer.sampling if self.tokenizer else None
+
+
+class Tensor(NamedTuple):
+    """A tensor as a file declares it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # "F32", "BF16", "Q4_1", …
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint whose headers have been read and checked. Its tensors are read from the open files on demand."""
+
+    file: Path
+    format: str
+    layout: Layout
+    config: Config
+    fields: Mapping[str, tuple[Any, str]]  # of the config: the value, and "honoured", "defaulted" or "ignored"
+    tensors: Mapping[str, Tensor]
+    get: Callable[[str], Float[np.ndarray, "..."]]  # float32, float16 or bfloat16 as stored, or dequantised to float32
+    tokenizer: Tokenizer | None
+
+    def dtype(self) -> str:
+        """The dtype of the embedding; float32 is accurate enough for whatever is quantised."""
+        kind = self.tensors[f"{NAMES['embed'][self.layout.column]}.weight"].dtype
+        return {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+
+    def load(self, dtype: str | None = None) -> Model:
+        """The model, in float32 on a CPU and in the checkpoint's own dtype elsewhere, unless one is given."""
+        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else self.dtype())
+        check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
+        kind, names = np.dtype(DTYPES[dtype]), all_tensors(self.layout, self.config)
+        check_memory(kind.itemsize * count(self.config), self.file)
+        with progress(f"loading {self.file.name}", len(names)) as advance:
+
+            def get(name: str) -> Float[np.ndarray, "..."]:
+                array = finite(widened(self.get(name)), name, self.file).astype(kind, copy=False)
+                advance(1)
+                return array
+
+            return Model(self.config, from_named(self.layout, get, self.config), self.tokenizer)
+
+
+def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """An array in float32. bfloat16 is its upper half."""
+    if array.dtype == jnp.bfloat16:
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def finite(array: Float[np.ndarray, "..."], name: str, file: object) -> Float[np.ndarray, "..."]:
+    """Refuse a tensor that contains NaN or ∞. The largest and the smallest value show both."""
+    good = bool(np.isfinite(array.max()) and np.isfinite(array.min()))
+    check(name, "NaN or ∞", good, "finite numbers", file)
+    return array
+
+
+def narrowed(array: Float[np.ndarray, "..."], dtype: str, name: str) -> Float[np.ndarray, "..."]:
+    """A tensor in the dtype in which it is to be written. Numbers too large for it are refused."""
+    with np.errstate(over="ignore"):
+        array = array.astype(DTYPES[dtype], copy=False)
+    good = bool(np.isfinite(array.max()) and np.isfinite(array.min()))
+    check(name, f"NaN, ∞ or too large a number for {dtype}", good, "finite numbers", "params")
+    return array
+
+
+def free_memory() -> int:
+    """Bytes that are free: the accelerator's, if there is one, else the machine's."""
+    stats: Any = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        return 1024 * int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0])
+    except (OSError, IndexError):  # not Linux: all of it
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(need: int, file: object) -> None:
+    """Refuse parameters of so many bytes where less is free, before any is read."""
+    free = free_memory()
+    check("memory", f"{free / 2**30:.1f} GiB free", need <= free, f"{need / 2**30:.1f} GiB for the parameters", file)
+
 
 def open_file(path: Path) -> BinaryIO:
     """Open a regular file; pipes and devices could block."""
-    name = str(path)
     try:
-        if re.match(r"\w+:/", name):
-            raise LlamaError(path, "path", "a URL", "a file: download it first")
-        check("path", "a folder", not path.is_dir(), "a file: a .gguf, or llama2.c's .bin", path)
-        hub = (
-            "no such file, but perhaps a name on a model hub"
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-            else "no such file"
-        )
-        check("path", hub, path.exists(), "a file: a .gguf, or llama2.c's .bin", path)
+        check("path", "no such file", path.exists(), "a file", path)
         check("path", "not a regular file", path.is_file(), "a regular file", path)
         return open(path, "rb")
     except OSError as error:
@@ -52,15 +134,3 @@ def blamed_on(file: object) -> Generator[None]:
         yield
     except LlamaError as error:
         raise LlamaError(file, error.field, error.got, error.expected) from error
-
-
-def check_memory(config: Config, file: object) -> None:
-    """Refuse a model whose float32 parameters exceed the physical memory, before any is read."""
-    have, need = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 4 * count(config) / 2**30
-    check("memory", f"{have:.1f} GiB", need <= have, f"{need:.1f} GiB for the parameters", file)
-
-
-def finite(array: Float[np.ndarray, "..."], name: str, file: object) -> Float[np.ndarray, "..."]:
-    """Refuse a tensor that contains NaN or ∞."""
-    check(name, "NaN or ∞", bool(np.isfinite(array).all()), "finite numbers", file)
-    return array

@@ -1,118 +1,103 @@
-"""GGUF, llama.cpp's format: a bounded scan of the header, then tensors dequantised by the `gguf` package."""
+"""GGUF, llama.cpp's format: configs from its fields, tensors dequantised by the `gguf` package; and writing it."""
 
 import math
-import os
-import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from jax import numpy as jnp
 from jaxtyping import Float
 
-from lovely_llama import Config, LlamaError, check, check_tensors, rope_frequencies
+from lovely_llama import Config, Sampling, check, check_tensors
 
-from ..extras import extra
-from ..layout import GGUF, all_tensors, from_named, rope_scaling
-from ..tokens import Tokenizer, byte_level_bpe, template_environment
-from . import Model, blamed_on, check_memory, finite
+from ..extras import extra, progress
+from ..layout import GGUF, all_tensors, to_named
+from ..tokens import gguf_tokenizer, tokenizer_fields
+from . import DTYPES, Checkpoint, Model, Tensor, blamed_on, finite, narrowed, widened
+from .gguf_header import Stored, read_header, shortest
+from .gguf_rope import FREQUENCIES, OWN, OWN_PREFIX, factors_of, read_scaling, scaling_of, write_scaling
 
-FREQUENCIES = "rope_freqs.weight"  # by what llama.cpp divides the frequencies of rotary pairs
+PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 
+# Keys that leave the mathematics as it is if they have one of these values; any value if there are none.
+NEUTRAL = {
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.attention.causal": (True,),
+    "llama.rope.scale_linear": (1.0,),
+    "llama.rope.scaling.finetuned": (),
+    "llama.tensor_data_layout": ("Meta AI original pth",),
+}
+# The samplers under `general.sampling`, and the values with which they do nothing.
+SAMPLING = {
+    "repetition_penalty": ("penalty_repeat", 1.0),
+    "temperature": ("temp", 1.0),
+    "top_k": ("top_k", 0),
+    "top_p": ("top_p", 1.0),
+    "min_p": ("min_p", 0.0),
+}
 
-def gguf_field(fields: Mapping[str, Any], name: str, path: Path, *default: Any) -> Any:
-    """The value of a key, or the default where there is one."""
-    check(name, "nothing", name in fields or bool(default), "a value", path)
-    return fields.get(name, *default)
-
-
-def scan_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]], int]:
-    """The fields of a GGUF, the (shape, type, offset) of its tensors, and where the data begins.
-
-    github.com/ggml-org/ggml, docs/gguf.md, versions 2 and 3. Every size is compared with the file's before memory is
-    taken for it. Shapes are stored last axis first, and reversed here.
-    """
-    must, size = partial(check, file=path), os.fstat(file.fileno()).st_size
-    codes = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 8), "BbHhIif?QqdQ", strict=True))  # 8: a string's length
-    widths = {kind: struct.calcsize(f"<{code}") for kind, code in codes.items()}
-
-    def take(n: int) -> bytes:
-        if n > size - file.tell():
-            raise LlamaError(path, "size", f"{size} bytes", f"{n} more at byte {file.tell()}")
-        return file.read(n)
-
-    def numbers(code: str, n: int = 1) -> tuple[Any, ...]:
-        return struct.unpack(f"<{n}{code}", take(n * struct.calcsize(f"<{code}")))
-
-    def string() -> str:
-        try:
-            return take(*numbers("Q")).decode()
-        except UnicodeDecodeError as error:
-            raise LlamaError(path, "string", f"other bytes before byte {file.tell()}", "UTF-8") from error
-
-    def value(name: str) -> Any:
-        (kind,), n = numbers("I"), 1
-        if array := kind == 9:
-            kind, n = *numbers("I"), *numbers("Q")
-        must(name, f"type {kind}", kind in codes, "a number, a string or an array of these")
-        must(name, f"{n} values", n * widths[kind] <= size - file.tell(), "no more than fit into the file")
-        values = [string() for _ in range(n)] if kind == 8 else list(numbers(codes[kind], n))
-        return values if array else values[0]
-
-    must("magic", magic := take(4), magic == b"GGUF", b"GGUF")
-    must("version", version := numbers("I")[0], version in (2, 3), "2 or 3, little-endian")
-    n_tensors, n_fields = numbers("Q", 2)
-    must("counts", (n_tensors, n_fields), 32 * n_tensors + 13 * n_fields <= size, "no more than fit into the file")
-    fields, found = dict[str, Any](), dict[str, tuple[tuple[int, ...], int, int]]()
-    for _ in range(n_fields):
-        name = string()
-        must(name, "two values", name not in fields, "one")
-        fields[name] = value(name)
-    for _ in range(n_tensors):
-        name, (axes,) = string(), numbers("I")
-        must(name, f"{axes} axes", 1 <= axes <= 4, "1 to 4")
-        must(name, "two tensors", name not in found, "one")
-        found[name] = numbers("Q", axes)[::-1], *numbers("I"), *numbers("Q")
-    alignment = fields.get("general.alignment", 32)
-    fits = type(alignment) is int and 8 <= alignment <= 2**16 and alignment % 8 == 0
-    must("general.alignment", alignment, fits, "a multiple of 8, at most 65536")
-    for name, (_, _, offset) in found.items():
-        must(name, f"offset {offset}", offset % alignment == 0, f"a multiple of {alignment}")
-    return fields, found, -(-file.tell() // alignment) * alignment
+# ---- Fields ----------------------------------------------------------------------------------------------------------
 
 
-def gguf_config(fields: Mapping[str, Any], found: Mapping[str, tuple[tuple[int, ...], int, int]], path: Path) -> Config:
-    """The config that the keys `llama.…` describe. A key that is not known here is refused: it may change the maths."""
-    must, asked = partial(check, file=path), {"llama.vocab_size"}
+class Fields:
+    """The fields of a GGUF, and which of them have been asked for."""
 
-    def field(name: str, kind: type, *default: Any) -> Any:
-        asked.add(name)
-        value = gguf_field(fields, name, path, *default)
-        must(name, repr(value), type(value) is kind, f"a value of type {kind.__name__}")
+    def __init__(self, found: Mapping[str, Any], path: Path) -> None:
+        self.found, self.path, self.asked = found, path, dict[str, tuple[Any, str]]()
+
+    def get(self, name: str, kind: type, *default: Any) -> Any:
+        """The value of a key, of this type, or the default where there is one."""
+        check(name, "nothing", name in self.found or bool(default), "a value", self.path)
+        value = self.found.get(name, *default)
+        check(name, repr(value), type(value) is kind, f"a value of type {kind.__name__}", self.path)
+        self.asked[name] = value, "honoured" if name in self.found else "defaulted"
         return value
 
-    architecture = field("general.architecture", str)
+    def given(self, prefix: str, names: Mapping[str, type]) -> dict[str, Any]:
+        """The values of those keys that are there, without their prefix."""
+        return {name: self.get(prefix + name, kind) for name, kind in names.items() if prefix + name in self.found}
+
+    def all(self) -> dict[str, tuple[Any, str]]:
+        """All fields with their status. An unknown one of the architecture is refused: it may change the maths."""
+        neutral = {
+            name
+            for name, values in NEUTRAL.items()
+            if name in self.found and (not values or self.found[name] in values)
+        }
+        used, fields = ("tokenizer.", "split.", "general.alignment"), dict(self.asked)
+        for name in [name for name in self.found if name not in fields]:
+            fields[name] = self.found[name], "honoured" if name.startswith(used) else "ignored"
+        unknown = [n for n in fields if n.startswith("llama.") and n not in self.asked and n not in neutral]
+        check(", ".join(unknown), "a value", not unknown, "no unknown field", self.path)
+        return fields
+
+
+def gguf_config(fields: Fields, tensors: Mapping[str, Stored]) -> Config:
+    """The config that the keys `llama.…` describe, but for a scaling in `rope_freqs.weight`."""
+    must, path = partial(check, file=fields.path), fields.path
+    architecture, kind = fields.get("general.architecture", str), fields.get("general.type", str, "model")
     must("general.architecture", architecture, architecture == "llama", "llama")
-    size = partial(field, kind=int)
-    must("token_embd.weight", "none", "token_embd.weight" in found, "a tensor")
+    must("general.type", kind, kind == "model", "model")
+    size = partial(fields.get, kind=int)
+    must("token_embd.weight", "none", "token_embd.weight" in tensors, "a tensor")
     dim, heads = size("llama.embedding_length"), size("llama.attention.head_count")
-    must("llama.attention.head_count", heads, heads > 0 and dim % heads == 0, f"a divisor of {dim}")
-    kv_heads = field("llama.attention.head_count_kv", int, heads)
+    whole = "llama.attention.key_length" in fields.found or (heads > 0 and dim % heads == 0)
+    must("llama.attention.head_count", heads, heads > 0 and whole, f"a divisor of {dim}")
+    kv_heads = fields.get("llama.attention.head_count_kv", int, heads)
     must("llama.attention.head_count_kv", kv_heads, kv_heads > 0 and heads % kv_heads == 0, f"a divisor of {heads}")
-    head_dim = field("llama.attention.key_length", int, dim // heads)
+    head_dim = fields.get("llama.attention.key_length", int, dim // heads)
     for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        width = field(name, int, head_dim)
+        width = fields.get(name, int, head_dim)
         must(name, width, width == head_dim, head_dim)
-    names = {"type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings"}
-    scaling = {ours: fields[key] for name, ours in names.items() if (key := f"llama.rope.scaling.{name}") in fields}
-    if scaling.get("rope_type") == "none":
-        scaling = {}
+    kinds = {"type": str, "factor": float, "original_context_length": int, "attn_factor": float}
     with blamed_on(path):
         config = Config(
-            vocab=found["token_embd.weight"][0][0],
+            vocab=tensors["token_embd.weight"].shape[0],
             dim=dim,
             layers=size("llama.block_count"),
             kv_heads=kv_heads,
@@ -120,94 +105,165 @@ def gguf_config(fields: Mapping[str, Any], found: Mapping[str, tuple[tuple[int, 
             head_dim=head_dim,
             hidden_dim=size("llama.feed_forward_length"),
             ctx=size("llama.context_length"),
-            eps=float(f"{field('llama.attention.layer_norm_rms_epsilon', float):.7g}"),  # 1e-05 again, after float32
-            theta=field("llama.rope.freq_base", float, 1e4),
-            rope_scaling=rope_scaling(scaling, path),
-            tied="output.weight" not in found,
+            eps=fields.get("llama.attention.layer_norm_rms_epsilon", float),
+            theta=fields.get("llama.rope.freq_base", float, 1e4),
+            rope_scaling=read_scaling(fields.given("llama.rope.scaling.", kinds), path),
+            tied="output.weight" not in tensors,
         )
-    asked |= {f"llama.rope.scaling.{name}" for name in names}
-    unknown = [name for name in fields if name.startswith("llama.") and name not in asked]
-    must(", ".join(unknown), "a value", not unknown, "no unknown field")
-    vocab = fields.get("llama.vocab_size", config.vocab)
+    vocab = fields.get("llama.vocab_size", int, config.vocab)
     must("llama.vocab_size", vocab, vocab == config.vocab, f"{config.vocab}, the rows of token_embd.weight")
-    must("llama.block_count", config.layers, config.layers <= len(found), f"no more than the {len(found)} tensors")
+    must("llama.block_count", config.layers, config.layers <= len(tensors), f"no more than the {len(tensors)} tensors")
     return config
 
 
-def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokenizer:
-    """The tokenizer that the keys `tokenizer.…` describe: byte-level BPE that splits as SmolLM2's does."""
-
-    def field(name: str, *default: Any) -> Any:
-        return gguf_field(fields, f"tokenizer.ggml.{name}", path, *default)
-
-    def must(name: str, got: object, ok: bool, expected: object) -> None:
-        check(f"tokenizer.ggml.{name}", got, ok, expected, path)
-
-    must("model", field("model"), field("model") == "gpt2", "gpt2")
-    must("pre", field("pre"), field("pre") == "smollm", "smollm")
-    names, kinds, merges = field("tokens"), field("token_type"), field("merges")
-    bos, eos, adds_bos = field("bos_token_id", None), field("eos_token_id", None), field("add_bos_token", False)
-    template = fields.get("tokenizer.chat_template")
-    for name, values, kind, n in (
-        ("tokens", names, str, vocab),
-        ("token_type", kinds, int, vocab),
-        ("merges", merges, str, None),
-    ):
-        expected = f"{n or 'any number'} of type {kind.__name__}"
-        must(name, f"a value of type {type(values).__name__}", type(values) is list, expected)
-        right = all(type(value) is kind for value in values) and n in (None, len(values))
-        must(name, f"{len(values)} values", right, expected)
-    normal, control = 1, 3
-    must("token_type", set(kinds), set(kinds) <= {normal, 2, control, 4, 5, 6}, "1 to 6")
-    for name, i in (("bos_token_id", bos), ("eos_token_id", eos)):
-        must(name, i, i is None or (type(i) is int and 0 <= i < vocab), f"an id from 0 to {vocab - 1}")
-    must("add_bos_token", adds_bos, type(adds_bos) is bool, "true or false")
-    check("tokenizer.chat_template", template, template is None or type(template) is str, "a text", path)
-    must("bos_token_id", "none", bos is not None or not adds_bos, "an id, as add_bos_token is true")
-    try:
-        template_environment().parse(template or "")
-    except Exception as error:
-        raise LlamaError(path, "tokenizer.chat_template", "a syntax error", "a jinja2 template") from error
-    specials = {name: i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind != normal}
-    controls = {i for i, kind in enumerate(kinds) if kind == control}
-    ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>") if name in specials]
-    tokenizer = byte_level_bpe(names, merges, specials, controls, must)
-    stops = frozenset({*ends, eos} - {None})
-    return tokenizer._replace(stops=stops, bos=bos, eos=eos, adds_bos=adds_bos, template=template)
+def gguf_sampling(fields: Fields, vocab: int) -> Sampling | None:
+    """What a file recommends; what it leaves open is as usual."""
+    stated = fields.given("general.sampling.", {name: type(neutral) for name, neutral in SAMPLING.values()})
+    if not stated:
+        return None
+    if stated.get("top_k", 0) > vocab:
+        stated["top_k"] = vocab
+    values = {
+        field: None if stated[name] == neutral else stated[name]
+        for field, (name, neutral) in SAMPLING.items()
+        if name in stated
+    }
+    sampling = Sampling(**values)
+    with blamed_on(fields.path):
+        sampling.check(vocab)
+    return sampling
 
 
-def load_gguf(file: BinaryIO, path: Path) -> Model:
-    """A model in float32. Rows of q and k lie in neighbouring pairs, as ours do."""
-    lib, must = extra("gguf", "chat"), partial(check, file=path)
-    fields, found, data = scan_gguf(file, path)
-    config = gguf_config(fields, found, path)
-    frequencies = {FREQUENCIES: (config.head_dim // 2,)} if FREQUENCIES in found else {}
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_tensor(tensors: Mapping[str, Stored], path: Path, name: str) -> Float[np.ndarray, "..."]:
+    """A tensor in float32, float16 or bfloat16 as it is stored, or dequantised to float32."""
+    tensor = tensors[name]
+    tensor.file.seek(tensor.begin)
+    raw = np.fromfile(tensor.file, np.uint8, tensor.size)
+    if tensor.kind in PLAIN:
+        return raw.view(PLAIN[tensor.kind]).reshape(tensor.shape)
+    lib = extra("gguf", "chat")
+    # The package dequantises 16 rows at a time. Blocks ignore rows, so rows here are as long as a cache likes.
+    raw = raw.reshape(math.gcd(math.prod(tensor.shape[:-1]), 2048), -1)
+    with np.errstate(all="ignore"):  # an infinite scale shows in the result
+        array = lib.quants.dequantize(raw, lib.GGMLQuantizationType[tensor.kind])
+    return array.reshape(tensor.shape)
+
+
+def open_gguf(path: Path, files: ExitStack) -> Checkpoint:
+    """A GGUF, or all parts of a split one, by any of them. Rows of q and k lie in neighbouring pairs, as ours do."""
+    found, tensors = read_header(path, files)
+    if any(tensor.kind not in PLAIN for tensor in tensors.values()):
+        extra("gguf", "chat")
+    fields, get = Fields(found, path), partial(read_tensor, tensors, path)
+    config = gguf_config(fields, tensors)
+    frequencies = {FREQUENCIES: (config.head_dim // 2,)} if FREQUENCIES in tensors else {}
     expected = all_tensors(GGUF, config) | frequencies
-    check_tensors(expected, {name: shape for name, (shape, _, _) in found.items()}, path)
-    end, places = os.fstat(file.fileno()).st_size, dict[str, tuple[int, int]]()
-    for name, (shape, kind, offset) in found.items():
-        must(name, f"type {kind}", kind in set(lib.GGMLQuantizationType), "a type that the gguf package knows")
-        block, width = lib.GGML_QUANT_SIZES[kind]
-        must(name, f"rows of {shape[-1]}", shape[-1] % block == 0, f"a multiple of {block}")
-        places[name] = data + offset, math.prod(shape) // block * width
-        must(name, f"bytes {data + offset} to {sum(places[name])}", sum(places[name]) <= end, f"an end within {end}")
-    apart = all(sum(a) <= b for a, (b, _) in pairwise(sorted(places.values())))
-    must("tensors", "two that overlap", apart, "each in a place of its own")
-    check_memory(config, path)
-    tokenizer = gguf_tokenizer(fields, config.vocab, path)
-
-    def get(name: str) -> Float[np.ndarray, "..."]:
-        shape, kind, _ = found[name]
-        file.seek(places[name][0])
-        # The package dequantises 16 rows at a time. Blocks ignore rows, so rows here are as long as a cache likes.
-        raw = np.fromfile(file, np.uint8, places[name][1]).reshape(math.gcd(math.prod(shape[:-1]), 2048), -1)
-        try:
-            return finite(lib.quants.dequantize(raw, lib.GGMLQuantizationType(kind)), name, path)
-        except NotImplementedError as error:
-            raise LlamaError(path, name, lib.GGMLQuantizationType(kind).name, "a type of weights") from error
-
+    check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path)
     if frequencies:
-        unscaled = rope_frequencies(replace(config, rope_scaling=None))
-        same = np.allclose(get(FREQUENCIES), np.asarray(unscaled / rope_frequencies(config)), rtol=1e-5, atol=0)
-        must(FREQUENCIES, "other frequencies", same, "those that the scaling in llama.rope gives")
-    return Model(config, from_named(GGUF, get, config), tokenizer)
+        factors = finite(widened(get(FREQUENCIES)), FREQUENCIES, path)
+        scaling = scaling_of(factors, config, fields.given(OWN_PREFIX, OWN), path)
+        config = replace(config, rope_scaling=scaling)
+    has_tokenizer = any(name.startswith("tokenizer.") for name in found)
+    tokenizer = gguf_tokenizer(found, config.vocab, path) if has_tokenizer else None
+    sampling = gguf_sampling(fields, config.vocab)
+    tokenizer = tokenizer and tokenizer._replace(sampling=sampling)
+    shown = {name: Tensor(tensor.shape, tensor.kind) for name, tensor in tensors.items()}
+    return Checkpoint(path, "GGUF", GGUF, config, fields.all(), shown, get, tokenizer)
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+# How matrices may be written: ggml's type, and what llama.cpp calls a file of them.
+WRITTEN = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
+
+
+def written_as(shape: tuple[int, ...], dtype: str) -> str:
+    """How llama.cpp writes a tensor: gains in float32, and rows that do not make blocks of 32 in float16."""
+    if len(shape) == 1:
+        return "float32"
+    return "float16" if dtype == "q8_0" and shape[-1] % 32 else dtype
+
+
+def encoded(array: Float[np.ndarray, "..."], dtype: str, name: str) -> Any:
+    """A tensor as it is stored. Numbers that are too large for it are refused."""
+    if dtype in DTYPES:
+        return narrowed(widened(array), dtype, name)
+    lib, rows = extra("gguf", "chat"), narrowed(widened(array), "float32", name)
+    rows = rows.reshape(math.gcd(math.prod(rows.shape[:-1]), 2048), -1)
+    largest, limit = float(max(rows.max(), -rows.min())), 127 * float(np.finfo(np.float16).max)
+    check(name, f"numbers up to {largest:.3g}", largest <= limit, f"at most {limit:.3g} for {dtype}", "params")
+    with np.errstate(all="ignore"):  # the inverse of a tiny scale
+        return lib.quants.quantize(rows, lib.GGMLQuantizationType[WRITTEN[dtype][0]])
+
+
+def config_fields(config: Config) -> dict[str, Any]:
+    """The keys `llama.…` of a config. Numbers are stored in float32; those that it does not hold are refused."""
+    heads = config.kv_heads * config.q_per_kv
+    fields = {
+        "llama.vocab_size": config.vocab,
+        "llama.context_length": config.ctx,
+        "llama.embedding_length": config.dim,
+        "llama.block_count": config.layers,
+        "llama.feed_forward_length": config.hidden_dim,
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": config.kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": float(config.eps),
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(config.theta),
+    }
+    if config.head_dim * heads != config.dim:
+        fields |= dict.fromkeys(("llama.attention.key_length", "llama.attention.value_length"), config.head_dim)
+    fields |= write_scaling(config.rope_scaling)
+    for name, value in fields.items():
+        exact = not isinstance(value, float) or shortest(value) == value
+        check(name, value, exact, "a number that float32 holds", "config")
+    return fields
+
+
+def sampling_fields(sampling: Sampling | None) -> dict[str, Any]:
+    """The keys `general.sampling.…`: those for what is left out do nothing."""
+    values = zip(sampling or (), SAMPLING.values(), strict=sampling is not None)
+    return {
+        f"general.sampling.{name}": neutral if value is None else type(neutral)(value)
+        for value, (name, neutral) in values
+    }
+
+
+def save_gguf(model: Model, path: Path, dtype: str) -> None:
+    """Write a GGUF that llama.cpp reads, tensor by tensor, with matrices in one of `WRITTEN`.
+
+    As llama.cpp does, gains are always written in float32, and matrices whose rows are not a multiple of 32 in float16
+    where q8_0 is asked for. A scaling of llama3 is written as llama.cpp's converter does, as factors of frequencies.
+    """
+    lib, config, params = extra("gguf", "chat"), model.config, model.params
+    get, shapes = to_named(GGUF, params, config), all_tensors(GGUF, config)
+    fields = {"general.type": "model", "general.name": path.stem, "general.file_type": WRITTEN[dtype][1]}
+    fields |= {"general.quantization_version": 2} if dtype == "q8_0" else {}
+    fields |= config_fields(config) | sampling_fields(model.sampling)
+    fields |= tokenizer_fields(model.tokenizer, config.vocab) if model.tokenizer else {}
+    writer = lib.GGUFWriter(path, "llama")
+    add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool, str: writer.add_string}
+    for name, value in fields.items():
+        add.get(type(value), writer.add_array)(name, value)
+    if config.rope_scaling and config.rope_scaling.kind == "llama3":
+        shapes |= {FREQUENCIES: (config.head_dim // 2,)}
+    kinds = {name: written_as(shape, dtype) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        kind = lib.GGMLQuantizationType[WRITTEN[kinds[name]][0]]
+        block, width = lib.GGML_QUANT_SIZES[kind]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * width, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with progress(f"writing {path.name}", len(shapes)) as advance:
+            for name in shapes:
+                array = factors_of(config) if name == FREQUENCIES else get(name)
+                writer.write_tensor_data(encoded(array, kinds[name], name))
+                advance(1)
+    finally:
+        writer.close()

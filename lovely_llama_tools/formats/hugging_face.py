@@ -1,14 +1,35 @@
-"""Hugging Face: arrays named and arranged as in transformers' LlamaForCausalLM."""
+"""Hugging Face's folders: config.json and safetensors, named and arranged as in transformers' LlamaForCausalLM."""
 
+import json
+import math
+import os
+import re
 from collections.abc import Mapping
-from typing import Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
 
-from lovely_llama import Config, Params
+from lovely_llama import Config, Params, Sampling, check, check_tensors, is_number, is_whole
 
-from ..layout import HUGGING_FACE, from_arrays, to_arrays
+from ..layout import HUGGING_FACE, NAMES, all_tensors, from_arrays, to_arrays, to_named
+from ..tokens import Tokenizer, folder_tokenizer, tokenizer_files
+from . import Checkpoint, Model, Tensor, blamed_on, narrowed, open_file
+from .hugging_face_config import config_to_hf, read_config, read_fields
+from .safetensors import KINDS, Place, read_tensor, scan_safetensors, write_safetensors
+
+CONFIG, GENERATION, WEIGHTS, INDEX = (
+    "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+)  # fmt: skip
+READ = {".json", ".safetensors", ".pth", ".model", ".jinja"}  # besides tokenizer.bin, the only files that are opened
+BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # tables of frequencies in older files; not read
+EMBED, UNEMBED = (f"{NAMES[field][HUGGING_FACE.column]}.weight" for field in ("embed", "unembed"))
+SHARD = 5 * 10**9  # bytes of a file above which another is begun
+PIECE = 2**24  # bytes that are compared at a time
+# The number at which each sampler does nothing.
+OFF: dict[str, Any] = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def from_hf(arrays: Mapping[str, Any], config: Config) -> Params:
@@ -22,3 +43,167 @@ def from_hf(arrays: Mapping[str, Any], config: Config) -> Params:
 def to_hf(params: Params, config: Config) -> dict[str, Float[np.ndarray, "..."]]:
     """Arrays named as in transformers' LlamaForCausalLM, rotary pairs split into halves."""
     return to_arrays(HUGGING_FACE, params, config)
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """A tensor and the open file that it is in."""
+
+    file: BinaryIO
+    path: Path
+    place: Place
+
+
+def open_folder(path: Path, files: ExitStack) -> Checkpoint:
+    """A folder as transformers saves it, its tensors in one file or in several."""
+    check_links(path)
+    given = read_fields(path / CONFIG)
+    generation = read_fields(path / GENERATION) if (path / GENERATION).exists() else {}
+    config, fields = read_config(given, path / CONFIG)
+    found = open_tensors(path, files)
+    layers, most = config.layers, len(found)
+    check("num_hidden_layers", layers, layers <= most, f"no more than the {most} tensors", path / CONFIG)
+    if config.tied and EMBED in found and UNEMBED in found:
+        differs = f"true, with {UNEMBED} other than the embedding"
+        check("tie_word_embeddings", differs, are_equal(found[EMBED], found[UNEMBED]), "both the same", path / CONFIG)
+        del found[UNEMBED]
+    check_tensors(all_tensors(HUGGING_FACE, config), {name: s.place.shape for name, s in found.items()}, path)
+
+    def get(name: str) -> Float[np.ndarray, "..."]:
+        return read_tensor(found[name].file, found[name].path, name, found[name].place)
+
+    tokenizer = folder_tokenizer(path, config.vocab)
+    stops = read_stops(given, config.vocab, path / CONFIG) | read_stops(generation, config.vocab, path / GENERATION)
+    sampling = read_sampling(generation, config.vocab, path / GENERATION)
+    tokenizer = tokenizer and tokenizer._replace(stops=tokenizer.stops | stops, sampling=sampling)
+    tensors = {name: Tensor(s.place.shape, s.place.dtype) for name, s in found.items()}
+    return Checkpoint(path, "Hugging Face", HUGGING_FACE, config, fields, tensors, get, tokenizer)
+
+
+def check_links(path: Path) -> None:
+    """Refuse links that lead out of the folder, but for those of the hub's cache: from snapshots/… into blobs."""
+    real = Path(os.path.realpath(path))
+    roots = [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]
+    for entry in [*path.iterdir(), *path.glob("*/*.jinja")]:
+        if entry.suffix in READ or entry.name == "tokenizer.bin":
+            target = Path(os.path.realpath(entry))
+            inside = any(target.is_relative_to(root) for root in roots)
+            check("path", f"a link to {target}", inside, f"a file in {path}", entry)
+
+
+def open_tensors(path: Path, files: ExitStack) -> dict[str, Stored]:
+    """The tensors of model.safetensors, or of the files in the index, which must agree with it."""
+    index, single = path / INDEX, path / WEIGHTS
+    where: dict[str, Any] | None = None
+    if not single.exists() and index.exists():
+        where = read_fields(index).get("weight_map")
+        check("weight_map", f"{where!r:.60}", isinstance(where, dict), "an object", index)
+    old = "weights in pytorch_model.bin alone"
+    how = f"{WEIGHTS}, which transformers' save_pretrained makes of them"
+    check("path", old, bool(where) or single.exists() or not [*path.glob("pytorch_model*.bin")], how, path)
+    for name, shard in (where or {}).items():
+        plain = isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", shard)
+        check(name, f"{shard!r:.60}", bool(plain), "the name of a .safetensors file in the folder", index)
+    stored = dict[str, Stored]()
+    for shard in [WEIGHTS] if where is None else sorted(set(where.values())):
+        file = files.enter_context(open_file(path / shard))
+        for name, place in scan_safetensors(file, path / shard).items():
+            said = shard if where is None else where.get(name)
+            check(name, f"a tensor in {shard}", said == shard, f"one in {said}" if said else "none", index)
+            stored[name] = Stored(file, path / shard, place)
+    missing = [name for name in where or {} if name not in stored]
+    check("weight_map", f"{len(missing)} that no file has ({', '.join(missing[:3])})", not missing, "none", index)
+    return {name: tensor for name, tensor in stored.items() if not re.fullmatch(BUFFERS, name)}
+
+
+def are_equal(a: Stored, b: Stored) -> bool:
+    """Whether two tensors are stored as the same bytes, compared piece by piece."""
+    size = KINDS[a.place.dtype].itemsize * math.prod(a.place.shape)
+
+    def piece(tensor: Stored, at: int) -> bytes:
+        return os.pread(tensor.file.fileno(), min(PIECE, size - at), tensor.place.begin + at)
+
+    same_kind = a.place[:2] == b.place[:2]
+    return same_kind and all(piece(a, at) == piece(b, at) for at in range(0, size, PIECE))
+
+
+def read_stops(fields: Mapping[str, Any], vocab: int, file: object) -> frozenset[int]:
+    """The ids that end a text."""
+    eos = fields.get("eos_token_id")
+    ids = cast(list[Any], eos if isinstance(eos, list) else [] if eos is None else [eos])
+    for i in ids:
+        check("eos_token_id", f"{i!r:.60}", is_whole(i) and 0 <= i < vocab, f"ids from 0 to {vocab - 1}", file)
+    return frozenset(ids)
+
+
+def read_sampling(fields: Mapping[str, Any], vocab: int, file: object) -> Sampling | None:
+    """How tokens are to be chosen, if anything is said about it. What is not said remains as it is by default."""
+    draws = fields.get("do_sample")
+    stated: dict[str, Any] = {name: fields[name] for name in Sampling._fields if fields.get(name) is not None}
+    check("do_sample", f"{draws!r:.60}", draws is None or isinstance(draws, bool), "true or false", file)
+    if draws is None and not stated:
+        return None
+    if is_whole(stated.get("top_k")):
+        stated["top_k"] = min(stated["top_k"], vocab)
+    stated = {name: None if is_number(value) and value == OFF[name] else value for name, value in stated.items()}
+    sampling = Sampling(**stated)
+    with blamed_on(file):
+        sampling.check(vocab)
+    return sampling if draws is not False else Sampling(sampling.repetition_penalty, 0, None, None, None)
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_folder(model: Model, path: Path, dtype: str) -> None:
+    """Write a folder that transformers 4 and 5 read, tensor by tensor."""
+    kind, shapes = (
+        {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype],
+        all_tensors(HUGGING_FACE, model.config),
+    )
+    sizes = {name: KINDS[kind].itemsize * math.prod(shape) for name, shape in shapes.items()}
+    tensor = to_named(HUGGING_FACE, model.params, model.config)
+
+    def get(name: str) -> Float[np.ndarray, "..."]:
+        return narrowed(tensor(name), dtype, name)
+
+    def write(name: str, fields: Mapping[str, Any]) -> None:
+        (path / name).write_text(json.dumps(fields, indent=2) + "\n")
+
+    path.mkdir()
+    for name, data in (tokenizer_files(model.tokenizer) if model.tokenizer else {}).items():
+        (path / name).write_bytes(data)
+    ids, config = token_ids(model.tokenizer), config_to_hf(model.config)
+    write(CONFIG, config | ids | {"dtype": dtype})
+    stops = sorted(model.tokenizer.stops) if model.tokenizer else []
+    write(GENERATION, ids | ({"eos_token_id": stops} if stops else {}) | write_sampling(model.sampling))
+    shards, room = list[list[str]](), 0
+    for name, size in sizes.items():
+        if size > room:
+            shards, room = [*shards, []], SHARD
+        shards[-1].append(name)
+        room -= size
+    count = len(shards)
+    names = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(path / name, {tensor: shapes[tensor] for tensor in shard}, kind, get)
+    if count > 1:
+        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write(INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+
+
+def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """The ids with which a text begins and ends; null where there is none, since transformers has defaults."""
+    return {"bos_token_id": tokenizer and tokenizer.bos, "eos_token_id": tokenizer and tokenizer.eos}
+
+
+def write_sampling(sampling: Sampling | None) -> dict[str, Any]:
+    """The inverse of `read_sampling`."""
+    if sampling is None:
+        return {}
+    if sampling.temperature == 0:
+        return {"do_sample": False, "repetition_penalty": sampling.repetition_penalty or 1.0}
+    stated = {name: OFF[name] if value is None else value for name, value in sampling._asdict().items()}
+    return {"do_sample": True, **stated}

@@ -22,17 +22,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = (
-    "extras",
-    "layout",
-    "tokens",
-    "formats/__init__",
-    "formats/gguf",
-    "formats/hugging_face",
-    "formats/llama2c",
-    "files",
-    "generate",
-    "chat",
-)
+    "extras", "strict_json", "layout",
+    "tokens/base", "tokens/characters", "tokens/converting", "tokens/folders", "tokens/gguf_fields", "tokens/pieces",
+    "tokens/pipelines", "tokens/ranks", "tokens/training",
+    "formats/__init__", "formats/gguf", "formats/gguf_header", "formats/gguf_rope", "formats/hugging_face",
+    "formats/hugging_face_config", "formats/llama2c", "formats/meta", "formats/pth", "formats/safetensors",
+    "hub", "files", "generate", "chat", "inspect",
+)  # fmt: skip
 
 
 class Mutant(NamedTuple):
@@ -63,8 +59,8 @@ MUTANTS = [
     Mutant("id 0 taken for padding", 4, "return params.embed[tokens],", "return params.embed[tokens] * (tokens != 0)[:, None].astype(params.embed.dtype),", 15),
     Mutant("a block with nothing to see is NaN", 3, "jnp.ceil(jnp.maximum(top, scores.max()))", "jnp.ceil(scores.max())", 16),
     Mutant("cache written one late", 4, "start_index=start,", "start_index=start + 1,", 17),
-    Mutant("two BOS", "tokens", "return bos + self.encode", "return bos + bos + self.encode", 18),
-    Mutant("one EOS of several", "formats/gguf", "frozenset({*ends, eos} - {None})", "frozenset({eos} - {None})", 19),
+    Mutant("two BOS", "tokens/base", "return bos + self.encode", "return bos + bos + self.encode", 18),
+    Mutant("one EOS of several", "tokens/base", "{*ends, eos})", "{eos})", 19),
     Mutant("a character's last bytes lost", "generate", 'getincrementaldecoder("utf-8")("replace")', 'getincrementaldecoder("utf-8")("ignore")', 20),
     Mutant("top-p drops the token that crosses", 7, "return above | (equal & (ids <= last))", "return above | (equal & (ids < last))", 21),
     Mutant("up scaled in place of down", 5, 'in ("o", "down") else', 'in ("o", "up") else', 25),
@@ -85,7 +81,7 @@ MUTANTS = [
     Mutant("queries not rotated", 4, "sharpness * rope(w_q @ x, angles)", "sharpness * (w_q @ x)"),
     Mutant("yarn sharpens one side only", 4, "attention_factor**2", "attention_factor"),
     Mutant("attention not added", 4, "x = x + answer", "x = answer"),
-    Mutant("halves in parallel", 4, "vmap(feed_forward)(x), cache", "vmap(feed_forward)(x - answer), cache"),
+    Mutant("halves in parallel", 4, "*w.ffn))(x), cache", "*w.ffn))(x - answer), cache"),
     Mutant("norms mixed up", 4, "rms_norm(x, w.ffn_norm", "rms_norm(x, w.attn_norm"),
     Mutant("layers reversed", 4, "zip(blocks, cache,", "zip(blocks[::-1], cache,"),
     Mutant("last norm dropped", 4, "rms_norm(x, params.norm, config.eps), unembed)", "x, unembed)"),
@@ -93,7 +89,18 @@ MUTANTS = [
     Mutant("the prompt's last token read twice", "generate", "min(len(self.tokens), len(tokens) - 1)", "min(len(self.tokens), len(tokens) - 2)"),
     Mutant("count forgets a layer", 2, "(config.layers - 1) * sizes[1]", "(config.layers - 2) * sizes[1]"),
     Mutant("ignored targets counted", 6, "targets.reshape(-1) >= 0", "targets.reshape(-1) >= -1"),
-    Mutant("mean over ignored targets", 6, "jnp.maximum(counts.sum(), 1)", "jnp.array(counts.size)"),
+    Mutant("mean over ignored targets", 6, "jnp.maximum(counts.sum(), 1).astype", "jnp.array(counts.size).astype"),
+    Mutant("accumulation averages means", 6, "(counts / jnp.maximum(counts.sum(), 1), tokens", "(jnp.full(len(counts), 1 / len(counts)), tokens", 22),
+    Mutant("decay by the number of axes", 6, '0 if "norm" in path[-1].name else decay', "decay if θ.ndim > 1 else 0", 25),
+    Mutant("decay not decoupled", 6, "moments.first, gradients)", "moments.first, jax.tree.map(lambda g, θ: g + decay * θ, gradients, params))"),
+    Mutant("no bias correction", 6, "m / known1.astype(m.dtype)", "m"),
+    Mutant("epsilon inside the root", 6, "jnp.sqrt(v) + eps", "jnp.sqrt(v + eps)"),
+    Mutant("clipping to the limit from below too", 6, "limit / jnp.maximum(norm, limit)", "limit / norm"),
+    Mutant("norm of one leaf at a time", 6, "lambda g: (limit / jnp.maximum(norm, limit))", "lambda g: (limit / jnp.maximum(jnp.sqrt(jnp.vdot(g, g)), limit))"),
+    Mutant("warm-up from one step on", 6, "peak * step / warmup", "peak * (step + 1) / warmup"),
+    Mutant("cosine to the end of all steps", 6, "max(steps - warmup, 1)", "max(steps, 1)"),
+    Mutant("adapters not scaled", 6, "w + scale * jnp.tensordot", "w + jnp.tensordot"),
+    Mutant("master weights cast for good", 6, "w.astype(dtype or w.dtype)", "w"),
     Mutant("temperature the wrong way", 7, "below / t)", "below * t)"),
     Mutant("top-k keeps one more", 7, "jnp.ones(len(logits), int), k)", "jnp.ones(len(logits), int), k + 1)"),
     Mutant("all that equal the cut-off are kept", 7, "return above | (equal & (ids <= last))", "return above | equal"),
@@ -102,6 +109,18 @@ MUTANTS = [
     Mutant("the token after the one drawn", 7, "jnp.where(ids < n, p, 0).sum() <= u", "jnp.where(ids < n - 1, p, 0).sum() <= u"),
     Mutant("min-p loses equals", 7, "softmax(logits) >= p", "softmax(logits) > p"),
     Mutant("penalty rewards negative logits", 7, "logits / penalty, logits * penalty)", "logits / penalty, logits / penalty)"),
+    Mutant("rows of k permuted by the number of query heads", "layout", "array.reshape(*heads, 2, width // 2, dim)", 'array.reshape(*heads, 2, width // 2, dim) if path[-1].name == "q" else array.reshape(config.kv_heads * config.q_per_kv, 2, -1, dim)'),
+    Mutant("GGUF's rows taken for split halves, in and out", "layout", "Layout(0, False), Layout(1, False)", "Layout(0, False), Layout(1, True)"),
+    Mutant("q and k written in halves", "formats/gguf", "get, shapes = to_named(GGUF, params", "get, shapes = to_named(GGUF._replace(half_split=True), params"),
+    Mutant("gains narrowed", "formats/gguf", "if len(shape) == 1:", "if len(shape) == 0:"),
+    Mutant("q8_0 overflows", "formats/gguf", "largest, limit = float(max(rows.max(), -rows.min())), 127 *", "largest, limit = float(max(rows.max(), -rows.min())), 1e9 *"),
+    Mutant("bfloat16 read as float16", "formats/gguf", '"BF16": np.dtype(jnp.bfloat16)', '"BF16": np.dtype("<f2")'),
+    Mutant("axes as they are stored", "formats/gguf_header", 'scan.numbers("Q", axes)[::-1]', 'scan.numbers("Q", axes)'),
+    Mutant("another alignment ignored", "formats/gguf_header", "-(-scan.at // alignment) * alignment", "-(-scan.at // 32) * 32"),
+    Mutant("the last part left out", "formats/gguf_header", "range(1, count + 1)", "range(1, count)"),
+    Mutant("llama3's factors inverted, in and out", "formats/gguf_rope", "unscaled / rope_frequencies(config)", "rope_frequencies(config) / unscaled"),
+    Mutant("a factor without a type ignored", "formats/gguf_rope", '"linear" if "factor" in stated else "default"', '"default"'),
+    Mutant("int8 by another scale", "formats/llama2c", "/ np.float32(127)", "/ np.float32(128)"),
     Mutant("every position draws alike", 7, "jax.random.fold_in(rng, position)", "rng"),
     Mutant("what was seen is forgotten", 7, 'seen.at[token].set(True, mode="drop")', "seen"),
     Mutant("NaN passes", 7, "jnp.where(jnp.isfinite(penalised).all(), token, -1)", "token"),
@@ -118,7 +137,9 @@ def file_of(where: int | str) -> str:
 def tests_of(where: int | str) -> list[str]:
     """The tests of a part or a module. Part 4, the assembled model, is also tested by the properties of part 9."""
     if isinstance(where, str):
-        return TESTS.get(where, [f"tests/tools/test_{where.rpartition('/')[2]}.py"])
+        tokens = ["tests/tools/test_tokens.py", "tests/tools/test_vocabularies.py"]
+        own = tokens if where.startswith("tokens/") else [f"tests/tools/test_{where.rpartition('/')[2]}.py"]
+        return TESTS.get(where, own)
     own = sorted((ROOT / "tests").glob(f"test_{where}_*.py"))
     return [str(path.relative_to(ROOT)) for path in own] + ["tests/test_9_properties.py"] * (where == 4)
 
@@ -127,7 +148,11 @@ def tests_of(where: int | str) -> list[str]:
 TESTS = {
     "extras": ["tests/tools/test_package.py"],
     "formats/__init__": ["tests/tools/test_files.py"],
-    "formats/hugging_face": ["tests/tools/test_layout.py"],
+    "layout": [f"tests/tools/test_{name}.py" for name in ("layout", "gguf")],
+    **{key: ["tests/tools/test_gguf.py"] for key in ("formats/gguf_header", "formats/gguf_rope")},
+    **{key: ["tests/tools/test_hugging_face.py"] for key in ("formats/hugging_face_config", "formats/safetensors")},
+    "formats/pth": ["tests/tools/test_meta.py"],
+    "hub": ["tests/tools/test_hugging_face.py"],
 }
 
 
@@ -238,7 +263,7 @@ def main() -> int:
         for mutant, (end, by) in zip(chosen, pool.map(judge, chosen), strict=True):
             survivors += end != "killed"
             number = f"{mutant.bug:2}" if mutant.bug else " –"
-            print(f"{number}  {mutant.where!s:13}  {mutant.name:44}  {end:8}  {by}", flush=True)
+            print(f"{number}  {mutant.where!s:19}  {mutant.name:44}  {end:8}  {by}", flush=True)
     print(f"{len(chosen)} mutants, {len(chosen) - survivors} killed")
     return int(survivors > 0)
 

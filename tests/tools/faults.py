@@ -221,8 +221,8 @@ def samplings(name: str, *wrong: Any, end: type[BaseException] = Accepted) -> di
 
 
 WORDS = ["hot", "nan", "inf", "-inf", "1_0", "0x1", "١", "", " 1", "1 ", "1e", "--", "1,5"]
-LENIENT = {"lovely_llama_tools.commands:number": "float", "lovely_llama_tools.commands:whole": "int"}
-USAGE = {"lovely_llama_tools.commands:Arguments.error": "argparse.ArgumentParser.error"}
+LENIENT = {"lovely_llama_tools.options:number": "float", "lovely_llama_tools.options:whole": "int"}
+USAGE = {"lovely_llama_tools.options:Arguments.error": "argparse.ArgumentParser.error"}
 
 
 def flags(

@@ -44,7 +44,7 @@ def told(field: str, *arguments: object, removed: Mapping[str, str] | None = Non
 
 
 NO_TEXT_CHECKED = unchecked("prompt", "system", "message", "text", "stop")
-READ_PLAINLY = {"lovely_llama_tools.commands:lines": "lambda: iter(input, '')"}
+READ_PLAINLY = {"lovely_llama_tools.talk:lines": "lambda: iter(input, '')"}
 
 
 def no_text(field: str, *arguments: object, end: type[BaseException] = Unlike) -> Variant:
@@ -83,7 +83,9 @@ def accepts_text(world: World) -> None:
 
 # ---- G2: stdout ------------------------------------------------------------------------------------------------------
 
-BARE_MAIN = {"lovely_llama_tools.commands:main": "lambda: talk(arguments().parse_args(sys.argv[1:])) or 0"}
+BARE_MAIN = {
+    "lovely_llama_tools.commands:main": "lambda: (args := arguments().parse_args(sys.argv[1:])).run(args) or 0"
+}
 
 
 def finish(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
@@ -136,7 +138,9 @@ def speaks(world: World) -> None:
 
 # The process creates a file, and then stays busy: it loads over and over, or is in C code that does not return, as
 # during compilation; here, in a mutex that is locked twice. The file appears once it is surely there.
-LOADING = "lambda path: any((original(path), __import__('pathlib').Path({mark!r}).touch())[1] for _ in iter(int, 1))"
+LOADING = (
+    "lambda *given: any((original(*given), __import__('pathlib').Path({mark!r}).touch())[1] for _ in iter(int, 1))"
+)
 IN_C = (
     "lambda *_, **__: (c := __import__('ctypes'), lock := c.CDLL(None).pthread_mutex_lock, "
     "at := c.create_string_buffer(64), lock(at), "
@@ -182,6 +186,7 @@ BLOCKING = {"lovely_llama_tools.formats:open_file": "lambda path: open(path, 'rb
 UNCAUGHT = {
     "lovely_llama_tools.formats:open_file": "lambda path: __import__('lovely_llama_tools.formats').formats.open(path)"
 }
+UNTOLD = {"lovely_llama_tools.files:opener": "lambda path: path.is_dir() or original(path)"}
 # Memory-mapped files, and arrays that are not copied.
 MAPPED = {
     "lovely_llama_tools.formats.gguf:np": "type('Mapped', (), {'__getattr__': lambda _, name: (lambda file, kind, n: "
@@ -191,18 +196,20 @@ MAPPED = {
 }
 
 
-def place(make: Callable[[Path], object], end: type[BaseException] = OSError, name: str = "model.gguf") -> Variant:
+def place(
+    make: Callable[[Path], object], end: type[BaseException] = OSError, removed: Mapping[str, str] = BLOCKING
+) -> Variant:
     """A path that is not a regular file is refused at once, by the API and by the command line."""
 
     def variant(world: World) -> None:
-        path = world.folder / name
+        path = world.folder / "model.gguf"
         made = make(path)
         path = made if isinstance(made, Path) else path
         for act in (lambda _: load(path), lambda _: load(str(path))):
             refused(act, "path", seconds=1).act(world)
         ends(lambda world: world.run("generate", model=path), 2, "path").act(world)
 
-    return guarded(variant, BLOCKING, end)
+    return guarded(variant, removed, end)
 
 
 def no_permission(world: World) -> None:
@@ -217,7 +224,7 @@ def no_permission(world: World) -> None:
 
 
 def beside(make: Callable[[Path], object], end: type[BaseException] = OSError) -> Variant:
-    """The same for the tokenizer that a llama2.c file needs."""
+    """The same for the tokenizer beside a llama2.c file."""
 
     def act(world: World) -> None:
         model = tiny_llama2c(world.folder)
@@ -225,7 +232,17 @@ def beside(make: Callable[[Path], object], end: type[BaseException] = OSError) -
         make(world.folder / "tokenizer.model")
         load(model)
 
-    return refused(act, "path", "tokenizer.model", removed=BLOCKING, end=end, seconds=1)
+    read = "lambda path: open(path, 'rb').read() if path.exists() else None"
+    plainly = {"lovely_llama_tools.tokens.folders:small_file": read}
+    return refused(act, "path", "tokenizer.model", removed=plainly, end=end, seconds=1)
+
+
+def no_tokenizer(world: World) -> Done:
+    """Such a model takes ids, and says so where it is given a text."""
+    model = tiny_llama2c(world.folder)
+    (world.folder / "tokenizer.model").unlink()
+    assert world.main("generate", "5 6", "--model", model, "--max-new", 3).status == 0
+    return world.run("generate", model=model)
 
 
 def tiny_llama2c(folder: Path) -> Path:
@@ -280,7 +297,7 @@ def numbers_of_all_kinds(world: World) -> None:
 
 # ---- The cases -------------------------------------------------------------------------------------------------------
 
-LOAD, GENERATE = "lovely_llama_tools.commands:load", "lovely_llama_tools.commands:generate"
+LOAD, GENERATE = "lovely_llama_tools.talk:load", "lovely_llama_tools.talk:generate"
 MAIN = "__import__('lovely_llama_tools.commands').commands.main()"
 NOTHING_KEPT = {"lovely_llama_tools.__main__:run": f"lambda: {MAIN}"}
 STRICT = {"lovely_llama_tools.__main__:run": f"lambda: [s.reconfigure() for s in (sys.stdout, sys.stderr)] and {MAIN}"}
@@ -327,7 +344,7 @@ CASES: dict[str, Case] = {
     "G4": Case(
         "C", "paths that are not regular files",
         {
-            "a folder": place(Path.mkdir),
+            "a folder": place(Path.mkdir, IndexError, removed=unchecked("path")),
             "nothing": place(lambda path: None),
             "a pipe": place(os.mkfifo, TooLong),
             "/dev/zero": place(lambda path: Path("/dev/zero"), Unlike),
@@ -337,9 +354,9 @@ CASES: dict[str, Case] = {
             "a link to a pipe": place(lambda path: (os.mkfifo(f"{path}2"), path.symlink_to(f"{path}2"))[1], TooLong),
             "below a file": place(lambda path: (path.write_text(""), path / "model.gguf")[1]),
             "NUL": place(lambda path: path / "a\0b", ValueError),
-            "a long name": place(lambda path: path / ("a" * 9999)),
+            "a long name": place(lambda path: path / ("a" * 9999), removed=UNTOLD),
             "no permission": guarded(no_permission, UNCAUGHT, end=OSError),
-            "no tokenizer": beside(lambda path: None),
+            "no tokenizer": ends(no_tokenizer, 2, "tokenizer", "tokenizer.json", end=Unlike),
             "a folder for a tokenizer": beside(Path.mkdir),
             "a pipe for a tokenizer": beside(os.mkfifo, TooLong),
         },

@@ -15,7 +15,7 @@ import pytest
 from builders import write_talker
 
 from lovely_llama import LlamaError, Sampling, __version__
-from lovely_llama_tools import commands
+from lovely_llama_tools import commands, talk
 from lovely_llama_tools.__main__ import PROGRAMS
 from lovely_llama_tools.files import load
 from lovely_llama_tools.generate import Generation, generate
@@ -155,10 +155,10 @@ def test_a_prompt_comes_from_a_pipe_too(
 def test_statistics_tell_what_was_cached_and_may_be_left_out(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The speed of a prompt is that of its new tokens: here 4 in half a second."""
     generation = generate(load(short), [80] * 9, 4)
-    commands.say(generation, quiet=True)
+    talk.say(generation, quiet=True)
     assert capsys.readouterr().err == ""
     generation.cached, generation.times = 5, [0.0, 0.5, 1.0, 2.0]
-    commands.say(generation)
+    talk.say(generation)
     assert capsys.readouterr().err.startswith("prompt 9 tokens (5 cached), 8.0/s; new 4, 1.0/s; ")
     done = call("chat", "--model", short, "--max-new", 2, say="a\nb\n")
     first, second = (re.fullmatch(SPEEDS, line) for line in done.err.splitlines())
@@ -244,7 +244,7 @@ class Said(NamedTuple):
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Said:
     """Records what the command line asks of the model, copied at each call."""
-    said, prompt, generate = Said([], []), commands.chat_prompt, commands.generate
+    said, prompt, generate = Said([], []), talk.chat_prompt, talk.generate
 
     def noted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
         said.conversations.append([dict(message) for message in messages])
@@ -254,8 +254,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Said:
         said.options.append(options)
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(commands, "chat_prompt", noted_prompt)
-    monkeypatch.setattr(commands, "generate", noted_generate)
+    monkeypatch.setattr(talk, "chat_prompt", noted_prompt)
+    monkeypatch.setattr(talk, "generate", noted_generate)
     return said
 
 

@@ -1,4 +1,4 @@
-"""The faults of faults_generation.py and faults_commands.py: variants, twins, and variants without their guards."""
+"""The faults of all faults_*.py: variants, twins, and variants without their guards."""
 
 import contextlib
 import functools
@@ -11,6 +11,11 @@ from typing import Any
 
 import faults_commands
 import faults_generation
+import faults_gguf
+import faults_hugging_face
+import faults_llama2c
+import faults_meta
+import faults_tokens
 import jax
 import pytest
 from builders import write_talker
@@ -18,9 +23,17 @@ from faults import PATIENCE, Accepted, Case, Guard, TooLong, Unlike, World
 from removal import remove
 
 from lovely_llama import choose
-from lovely_llama_tools import commands
+from lovely_llama_tools import talk
 
-CASES: dict[str, Case] = faults_generation.CASES | faults_commands.CASES
+CASES: dict[str, Case] = {
+    **faults_llama2c.CASES,
+    **faults_meta.CASES,
+    **faults_hugging_face.CASES,
+    **faults_gguf.CASES,
+    **faults_generation.CASES,
+    **faults_commands.CASES,
+    **faults_tokens.CASES,
+}
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 VARIANTS = [(case, name) for case in CASES for name in CASES[case].variants]
 
@@ -111,10 +124,10 @@ def test_variant_without_its_guard(world: World, case: str, name: str) -> None:
     "fault", [RuntimeError("a\nb"), MemoryError(), TypeError("no"), jax.errors.JaxRuntimeError("x")]
 )
 def test_an_unexpected_exception_is_one_line(world: World, fault: Exception) -> None:
-    def fail(path: Path) -> Any:
+    def fail(*_: object) -> Any:
         raise fault
 
-    world.patch.setattr(commands, "load", fail)
+    world.patch.setattr(talk, "load", fail)
     done = world.run("generate")
     assert (done.status, done.out) == (1, "")
     assert re.fullmatch(r"error: [^\n]+\n", done.err)

@@ -1,8 +1,8 @@
-"""GGUF: files are read bit for bit as they were written; invalid files are refused, with the field named."""
+"""GGUF: files are read bit for bit as they were written, and written so that other programs read them."""
 
+import logging
 import math
-import struct
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,29 @@ import gguf
 import jax
 import numpy as np
 import pytest
+import torch
 from asserts import assert_close, assert_refused
-from builders import TINY, TOKENS, File, layers_of, text, tiny_arrays, tiny_fields, tiny_file, tokenizer_of, write_gguf
+from builders import (
+    TINY,
+    TOKENS,
+    layers_of,
+    random_params,
+    tiny_arrays,
+    tiny_fields,
+    tokenizer_of,
+    write_gguf,
+)  # fmt: skip
+from jax import numpy as jnp
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lovely_llama import CONFIGS, Config, LlamaError, Params, RopeScaling, count
-from lovely_llama_tools.files import default_model, load
+from lovely_llama import CONFIGS, Config, LlamaError, Params, RopeScaling, Sampling, count, logits, rope_frequencies
+from lovely_llama_tools.files import checkpoint, default_model, load, save
 from lovely_llama_tools.formats import Model
+from lovely_llama_tools.formats.gguf import config_fields
+from lovely_llama_tools.formats.gguf_header import KINDS
+
+EMBED = "token_embd.weight"
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
@@ -54,33 +71,93 @@ def test_a_gguf_is_read_as_it_was_written(tmp_path: Path, tied: bool) -> None:
     assert tokenizer_of(model).decode(tokenizer_of(model).encode("the théâtre\n", False)) == "the théâtre\n"
 
 
-def test_a_quantised_gguf_is_read_as_by_the_gguf_package(tmp_path: Path) -> None:
-    arrays = tiny_arrays()
-    quantised = [name for name, array in arrays.items() if array.shape[-1] % 32 == 0]
-    assert len(quantised) > 10
-    path = write_gguf(tmp_path / "a.gguf", tiny_fields(), arrays, quantised)
+# Rows of 256, the largest block there is, but for those of `o`.
+BLOCKS = Config(len(TOKENS), 256, 1, 2, 3, 8, 512, 64, 1e-5, 1e4, None, True)
+KIND_NAMES = [kind.name for kind in KINDS.values()]
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_a_quantised_gguf_is_read_as_by_the_gguf_package(tmp_path: Path, kind: str) -> None:
+    arrays, block = tiny_arrays(BLOCKS), gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+    quantised = [name for name, array in arrays.items() if array.shape[-1] % block == 0]
+    assert len(quantised) > 7
+    path = write_gguf(tmp_path / "a.gguf", tiny_fields(BLOCKS), arrays, quantised, kind)
     found = leaves(load(path).params)
     for tensor in gguf.GGUFReader(path).tensors:
+        assert (tensor.tensor_type.name == kind) == (tensor.name in quantised or kind == "F32")
         want = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(np.asarray(found[tensor.name]).ravel(), want.ravel(), tensor.name)
 
 
-def with_frequencies(config: Config, factors: "np.ndarray[Any, Any]", **scaling: Any) -> dict[str, Any]:
-    return {"fields": tiny_fields(config) | {f"llama.rope.scaling.{name}": value for name, value in scaling.items()},
-            "arrays": tiny_arrays(config) | {"rope_freqs.weight": factors.astype(np.float32)}}  # fmt: skip
+@pytest.mark.parametrize(("kind", "dtype"), [("F16", "float16"), ("BF16", "bfloat16")])
+def test_halves_are_loaded_bit_for_bit(tmp_path: Path, kind: str, dtype: str) -> None:
+    arrays = tiny_arrays(BLOCKS)
+    path = write_gguf(tmp_path / "a.gguf", tiny_fields(BLOCKS), arrays, arrays, kind)
+    with checkpoint(path) as found:
+        assert found.dtype() == dtype == found.get(EMBED).dtype.name
+        loaded = leaves(found.load(dtype).params)
+    for tensor in gguf.GGUFReader(path).tensors:
+        got = np.asarray(loaded[tensor.name])
+        assert got.dtype.name == dtype
+        assert got.tobytes() == tensor.data.tobytes(), tensor.name
 
 
-def test_what_says_the_same_twice_is_read(tmp_path: Path) -> None:
-    """Widths of keys and values that are those of a head, and factors of frequencies that are those of the scaling."""
-    fields = tiny_fields() | {"llama.attention.key_length": 8, "llama.attention.value_length": 8}
-    assert load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays())).config == TINY
-    for factors, scaling in ((np.ones(4), {}), (np.full(4, 2.0), {"type": "linear", "factor": 2.0})):
-        model = load(write_gguf(tmp_path / "a.gguf", **with_frequencies(TINY, factors, **scaling)))
-        assert (model.config.rope_scaling is None) == (not scaling)
-    for factors, scaling in ((np.full(4, 8.0), {}), (np.ones(4), {"type": "linear", "factor": 2.0})):
-        with pytest.raises(LlamaError) as caught:
-            load(write_gguf(tmp_path / "a.gguf", **with_frequencies(TINY, factors, **scaling)))
-        assert caught.value.field == "rope_freqs.weight"
+def test_blocks_have_the_sizes_of_the_gguf_package() -> None:
+    for number, kind in KINDS.items():
+        theirs = gguf.GGMLQuantizationType(number)
+        assert (kind.name, (kind.block, kind.width)) == (theirs.name, gguf.GGML_QUANT_SIZES[theirs])
+
+
+def test_split_files_are_read_by_any_part(tmp_path: Path) -> None:
+    want = load(write_gguf(tmp_path / "whole.gguf", tiny_fields(), tiny_arrays()))
+    write_gguf(tmp_path / "tiny.gguf", tiny_fields(), tiny_arrays(), split=8)
+    parts = sorted(tmp_path.glob("tiny-*"))
+    assert [part.name for part in parts] == [f"tiny-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for part in parts:
+        model = load(part)
+        assert model.config == want.config
+        assert_close(model.params, want.params, 0, "params")
+        assert tokenizer_of(model).pieces == tokenizer_of(want).pieces
+
+
+def test_a_model_may_have_no_tokenizer(tmp_path: Path) -> None:
+    fields = {name: value for name, value in tiny_fields().items() if not name.startswith("tokenizer.")}
+    assert load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays())).tokenizer is None
+
+
+def test_tokens_that_end_turns_and_messages_are_stops(tmp_path: Path) -> None:
+    fields = tiny_fields() | {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9}
+    assert tokenizer_of(load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays()))).stops == {0, 2, 7, 9}
+
+
+def test_fields_are_told_apart(tmp_path: Path) -> None:
+    """Those that are used, those that are taken for granted, and those that do not change the mathematics."""
+    neutral = {"llama.expert_count": 0, "llama.attention.causal": True, "llama.rope.scaling.finetuned": True}
+    extra = {"general.name": "tiny", "general.sampling.mirostat": 1, "llama.vocab_size": TINY.vocab, **neutral}
+    fields = {name: value for name, value in tiny_fields().items() if name != "llama.rope.freq_base"}
+    with checkpoint(write_gguf(tmp_path / "a.gguf", fields | extra, tiny_arrays())) as found:
+        told = {name: how for name, (_, how) in found.fields.items()}
+        assert found.fields["llama.rope.freq_base"] == (1e4, "defaulted")
+        assert found.fields["llama.block_count"] == (TINY.layers, "honoured")
+    assert {name for name, how in told.items() if how == "ignored"} == {
+        "general.name", "general.sampling.mirostat", *neutral}  # fmt: skip
+    assert {name for name, how in told.items() if how == "defaulted"} == {
+        "general.type", "llama.rope.freq_base", "llama.attention.key_length", "llama.attention.value_length"
+    }  # fmt: skip
+    assert told.keys() > {*fields, *extra}
+
+
+def test_a_name_with_a_newline_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", tiny_fields() | {"llama.rope\nscale": 1}, tiny_arrays())
+    assert_refused(path, path.read_bytes(), "llama.rope\nscale")
+
+
+def test_recommended_sampling_is_read(tmp_path: Path) -> None:
+    stated = {"temp": 0.8, "top_k": 40, "top_p": 1.0, "penalty_repeat": 1.1}
+    fields = tiny_fields() | {f"general.sampling.{name}": value for name, value in stated.items()}
+    sampling = load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays())).sampling
+    assert sampling == Sampling(repetition_penalty=1.1, temperature=0.8, top_k=40, top_p=None)
+    assert load(write_gguf(tmp_path / "a.gguf", tiny_fields(), tiny_arrays())).sampling is None
 
 
 def test_templates_with_loop_controls_are_read(tmp_path: Path) -> None:
@@ -88,14 +165,22 @@ def test_templates_with_loop_controls_are_read(tmp_path: Path) -> None:
     assert "break" in (tokenizer_of(load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays()))).template or "")
 
 
+# ---- Rotary scaling --------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("scaling", "want"),
     [
-        ({"type": "none"}, None),
+        ({"type": "none", "factor": 2.0}, None),
         ({"type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
+        ({"factor": 2.0}, RopeScaling("linear", 2.0)),  # llama.cpp's default type
         (
             {"type": "yarn", "factor": 4.0, "original_context_length": 32},
             RopeScaling("yarn", 4.0, 32, 1.0, 32.0, 0.1 * math.log(4) + 1),
+        ),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32, "attn_factor": 1.25},
+            RopeScaling("yarn", 4.0, 32, 1.0, 32.0, 1.423287),
         ),
     ],
 )
@@ -104,206 +189,199 @@ def test_a_rope_scaling_is_read(tmp_path: Path, scaling: dict[str, Any], want: R
     assert load(write_gguf(tmp_path / "a.gguf", fields, tiny_arrays())).config.rope_scaling == want
 
 
-# ---- Refusals --------------------------------------------------------------------------------------------------------
-
-Change = Callable[[File], File]
-EMBED, DOWN, KV_HEADS = "token_embd.weight", "blk.1.ffn_down.weight", "llama.attention.head_count_kv"
-
-
-def field(name: str | bytes, value: Any) -> Change:
-    """Change a field, or add one."""
-    return lambda f: f._replace(fields=(*(pair for pair in f.fields if pair[0] != name), (name, value)))
-
-
-def no_field(name: str) -> Change:
-    return lambda f: f._replace(fields=tuple(pair for pair in f.fields if pair[0] != name))
+# Meta's; one whose numbers are not round; with one pair that is slowed in part; and with none.
+LLAMA3 = {
+    "llama-3.1-8b": (128, 5e5, CONFIGS["llama-3.1-8b"].rope_scaling),
+    "llama-3.2-1b": (64, 5e5, CONFIGS["llama-3.2-1b"].rope_scaling),
+    "not round": (96, 2e4, RopeScaling("llama3", 5.5, 1000, 1.5, 9.0)),
+    "one between": (10, 700.0, RopeScaling("llama3", 3.0, 40, 1.0, 4.0)),
+    "none between": (4, 1e4, RopeScaling("llama3", 4.0, 77, 1.0, 4.0)),
+}
 
 
-def part(**parts: Any) -> Change:
-    return lambda f: f._replace(**parts)
+def stated(scaling: RopeScaling, theta: float) -> dict[str, Any]:
+    """A scaling as transformers has it."""
+    stated: dict[str, Any] = {"rope_type": scaling.kind, "rope_theta": theta, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        stated["original_max_position_embeddings"] = scaling.original_ctx
+    if scaling.kind == "llama3":
+        stated |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+    return stated | ({"attention_factor": scaling.attention_factor} if scaling.kind == "yarn" else {})
 
 
-def tensor(which: str, **parts: Any) -> Change:
-    return lambda f: f._replace(tensors=tuple(t._replace(**parts) if t.name == which else t for t in f.tensors))
+def factors_in_transformers(head_dim: int, theta: float, scaling: RopeScaling) -> "np.ndarray[Any, Any]":
+    """By what transformers divides the frequencies: what llama.cpp's converter stores."""
+    rope = stated(scaling, theta)
+    frequencies = [
+        LlamaRotaryEmbedding(LlamaConfig(head_dim=head_dim, rope_parameters=parameters)).inv_freq.numpy()
+        for parameters in ({"rope_type": "default", "rope_theta": theta}, rope)
+    ]
+    return frequencies[0] / frequencies[1]
 
 
-def shifted(by: int) -> Change:
-    """Move all tensors by this many bytes, in the header and in the data."""
-    return lambda f: f._replace(
-        tensors=tuple(t._replace(offset=t.offset + by) for t in f.tensors), data=bytes(by) + f.data
-    )
+@pytest.mark.parametrize("name", LLAMA3)
+def test_a_scaling_of_llama3_is_read_from_its_factors(tmp_path: Path, name: str) -> None:
+    head_dim, theta, scaling = LLAMA3[name]
+    assert scaling
+    config = replace(TINY, head_dim=head_dim, theta=theta)
+    factors = factors_in_transformers(head_dim, theta, scaling)
+    assert (factors > 1.001).any()
+    arrays = tiny_arrays(config) | {"rope_freqs.weight": factors.astype(np.float32)}
+    found = load(write_gguf(tmp_path / "a.gguf", tiny_fields(config), arrays)).config
+    assert found.rope_scaling == scaling or not name.startswith("llama")
+    want = rope_frequencies(replace(config, rope_scaling=scaling))
+    np.testing.assert_allclose(rope_frequencies(found), want, rtol=1e-5)
 
 
-def number(array: str, value: float) -> Change:
-    """Change the first number of a tensor."""
+# ---- Writing ---------------------------------------------------------------------------------------------------------
 
-    def change(f: File) -> File:
-        at = next(t.offset for t in f.tensors if t.name == array)
-        return f._replace(data=f.data[:at] + struct.pack("<f", value) + f.data[at + 4 :])
-
-    return change
-
-
-def item(name: str, i: int, value: Any) -> Change:
-    """Change an item of an array."""
-
-    def change(f: File) -> File:
-        items = list(dict(f.fields)[name])
-        items[i] = value
-        return field(name, items)(f)
-
-    return change
+# 6 query heads over 2 of keys and values, with a width that is not dim / 6, for wrong permutations to show.
+GROUPED = Config(len(TOKENS), 96, 2, 2, 3, 10, 64, 64, 1e-6, 5e5, None, False)
+SCALINGS = {
+    "none": None,
+    "linear": RopeScaling("linear", 2.5),
+    "llama3": RopeScaling("llama3", 3.0, 40, 2.0, 8.0),
+    "yarn": RopeScaling("yarn", 4.0, 16, 1.0, 32.0, 0.1 * math.log(4) + 1),
+    "yarn, sharper": RopeScaling("yarn", 4.0, 16, 1.0, 32.0, 1.3),
+}
 
 
-def array_header(kind: int, count: int) -> bytes:
-    return struct.pack("<IIQ", 9, kind, count)
+def saved(tmp_path: Path, config: Config, dtype: str = "float32", **more: Any) -> tuple[Model, Path]:
+    model = Model(config, random_params(config), None)._replace(**more)
+    save(model, path := tmp_path / "a.gguf", dtype=dtype, force=True)
+    return model, path
 
 
-LENGTHS = (2**30, 2**40, 2**63, 2**64 - 1)
-WORD, EPS = "tokenizer.ggml.", "llama.attention.layer_norm_rms_epsilon"
-KINDS = ("tokens", "token_type", "merges")
-LISTS = [f"{WORD}{name}" for name in KINDS]
-REFUSED: dict[str, tuple[Change, str]] = {
-    "magic": (part(magic=b"GGUX"), "n_heads"),
-    "magic, big-endian": (part(magic=b"FUGG"), "contents"),
-    **{f"version {n}": (part(version=n), "version") for n in (0, 1, 4, 99, 0x03000000)},
-    **{f"{n} tensors": (part(counts=(n, 5)), "counts") for n in LENGTHS},
-    **{f"{n} fields": (part(counts=(1, n)), "counts") for n in LENGTHS},
-    **{f"string of {n}": (field("x", struct.pack("<IQ", 8, n)), "size") for n in LENGTHS},
-    **{f"array of {n} {k}": (field("x", array_header(k, n)), "x") for n in LENGTHS for k in (0, 4, 7, 8, 12)},
-    "array of more strings than the file holds": (field("x", array_header(8, 500)), "size"),
-    "arrays, 5000 deep": (field("x", struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), "x"),
-    "array of arrays": (field("x", array_header(9, 1) + struct.pack("<IQ", 4, 0)), "x"),
-    "array of 2^62 empty arrays": (field("x", array_header(9, 2**62)), "x"),
-    **{f"field of type {n}": (field("x", struct.pack("<IQ", n, 0)), "x") for n in (13, 99, 2**31)},
-    "key not UTF-8": (field(b"\xff\xfe", 1), "string"),
-    "value not UTF-8": (field("x", struct.pack("<I", 8) + text(b"\xff")), "string"),
-    "duplicate key": (lambda f: f._replace(fields=(*f.fields, f.fields[3])), "llama.embedding_length"),
-    "duplicate tensor": (lambda f: f._replace(tensors=(*f.tensors, f.tensors[2])), "blk.0.attn_q.weight"),
-    **{f"alignment {n}": (field("general.alignment", n), "general.alignment") for n in (0, 1, 3, 2**31, 32.0, "32")},
-    "alignment in an array": (field("general.alignment", [32]), "general.alignment"),
-    "no axes": (tensor(DOWN, shape=()), DOWN),
-    "five axes": (tensor(DOWN, shape=(24, 32, 1, 1, 1)), DOWN),
-    "an empty axis": (tensor(DOWN, shape=(24, 0)), DOWN),
-    "axes swapped": (tensor(DOWN, shape=(32, 24)), DOWN),
-    "a product beyond 64 bits": (tensor(DOWN, shape=(2**32, 2**32)), DOWN),
-    "a long vocabulary": (tensor(EMBED, shape=(32, 2**40)), "vocab"),
-    **{f"tensor of type {n}": (tensor(DOWN, kind=n), DOWN) for n in (4, 5, 99, 2**32 - 1)},
-    "integer weights": (tensor(DOWN, kind=26), DOWN),
-    "rows that are not a multiple of a block": (tensor(DOWN, kind=8), DOWN),
-    **{f"offset {n}": (tensor(DOWN, offset=n), DOWN) for n in (2**64 - 32, 2**63, 2**40, 10**6)},
-    **{f"all tensors moved by {n}": (shifted(n), EMBED) for n in (1, 4, 16)},
-    "two tensors at one offset": (tensor(DOWN, offset=0), "tensors"),
-    "overlapping tensors": (lambda f: tensor(DOWN, offset=f.tensors[3].offset - 32)(f), "tensors"),
-    "a tensor missing": (lambda f: f._replace(tensors=f.tensors[:-1]), "tensors"),
-    "no embedding": (tensor(EMBED, name="embd.weight"), EMBED),
-    "an unexpected tensor": (tensor("output_norm.weight", name="blk.0.attn_q.bias"), "tensors"),
-    "NaN": (number(DOWN, math.nan), DOWN),
-    "infinity": (number(EMBED, -math.inf), EMBED),
-    **{f"no {name}": (no_field(name), name) for name in tiny_fields() if name not in (
-        "llama.attention.head_count_kv", "llama.rope.freq_base", "llama.rope.dimension_count",
-        "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.add_bos_token",
-        "tokenizer.chat_template",
-    )},
-    "no architecture": (no_field("general.architecture"), "general.architecture"),
-    "another architecture": (field("general.architecture", "qwen2"), "general.architecture"),
-    **{
-        f"{name} as {value!r}": (field(f"llama.{name}", value), f"llama.{name}")
-        for name in ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv")
-        for value in (2.0, "2", True, [2, 2])
-    },
-    "eps as an integer": (field(EPS, 1), EPS),
-    **{f"eps {x}": (field(EPS, x), "eps") for x in (0.0, -1.0, math.nan, math.inf)},
-    **{f"theta {x}": (field("llama.rope.freq_base", x), "theta") for x in (0.0, -1.0, math.nan, math.inf)},
-    **{f"{n} layers": (field("llama.block_count", n), "layers") for n in (0, 2**32 - 1)},
-    **{f"{n} layers": (field("llama.block_count", n), "tensors") for n in (1, 3)},
-    "more layers than tensors": (field("llama.block_count", 21), "llama.block_count"),
-    **{f"{n} heads": (field("llama.attention.head_count", n), "llama.attention.head_count") for n in (0, 5, 64)},
-    **{f"{n} heads": (field("llama.attention.head_count", n), "llama.rope.dimension_count") for n in (2, 32)},
-    **{f"{n} key/value heads": (field(KV_HEADS, n), KV_HEADS) for n in (0, 3, 8)},
-    **{f"{n} key/value heads": (field(KV_HEADS, n), "blk.0.attn_k.weight") for n in (1, 4)},
-    "a rotation of part of a head": (field("llama.rope.dimension_count", 4), "llama.rope.dimension_count"),
-    "an unknown scaling": (field("llama.rope.scaling.type", "longrope"), "rope_scaling.rope_type"),
-    "another vocabulary": (field("llama.vocab_size", TINY.vocab + 1), "llama.vocab_size"),
-    # Unknown fields could change what has to be computed: they are refused by name, not ignored.
-    **{f"an unknown {name}": (field(f"llama.{name}", value), f"llama.{name}") for name, value in {
-        "rope.scale_linear": 4.0, "rope.scaling.attn_factor": 2.0, "rope.scaling.yarn_beta_fast": 8.0,
-        "attention.sliding_window": 16, "attention.value_length": 4, "logit_scale": 2.0, "expert_count": 8,
-    }.items()},
-    "no context": (field("llama.context_length", 0), "ctx"),
-    "another tokenizer": (field(f"{WORD}model", "llama"), f"{WORD}model"),
-    "another pre-tokenizer": (field(f"{WORD}pre", "llama-bpe"), f"{WORD}pre"),
-    "too few pieces": (field(f"{WORD}tokens", TOKENS[:-1]), f"{WORD}tokens"),
-    "a duplicate piece": (item(f"{WORD}tokens", 9, TOKENS[8]), f"{WORD}tokens"),
-    "pieces as numbers": (field(f"{WORD}tokens", list(range(TINY.vocab))), f"{WORD}tokens"),
-    "pieces as one string": (field(f"{WORD}tokens", "a" * TINY.vocab), f"{WORD}tokens"),
-    "a piece of letters that stand for no bytes": (item(f"{WORD}tokens", 9, "日"), f"{WORD}tokens"),
-    "too few token types": (field(f"{WORD}token_type", [1] * 9), f"{WORD}token_type"),
-    "an unknown token type": (item(f"{WORD}token_type", 9, 77), f"{WORD}token_type"),
-    "token types as strings": (field(f"{WORD}token_type", ["1"] * TINY.vocab), f"{WORD}token_type"),
-    "merges as numbers": (field(f"{WORD}merges", [1, 2]), f"{WORD}merges"),
-    "a merge of one piece": (item(f"{WORD}merges", 0, "Ġt"), f"{WORD}merges"),
-    "a merge of three pieces": (item(f"{WORD}merges", 0, "Ġ t h"), f"{WORD}merges"),
-    "a merge of unknown pieces": (item(f"{WORD}merges", 0, "日 本"), f"{WORD}merges"),
-    "a merge into an unknown piece": (item(f"{WORD}merges", 0, "a b"), f"{WORD}merges"),
-    **{f"{name} as a number": (field(f"{WORD}{name}", 5), f"{WORD}{name}") for name in KINDS},
-    "bos −1": (field(f"{WORD}bos_token_id", struct.pack("<Ii", 5, -1)), f"{WORD}bos_token_id"),
-    "eos −1": (field(f"{WORD}eos_token_id", struct.pack("<Ii", 5, -1)), f"{WORD}eos_token_id"),
-    "a line in a name": (field("llama.rope\nscale", 1), "llama.rope\nscale"),
-    "bos out of range": (field(f"{WORD}bos_token_id", TINY.vocab), f"{WORD}bos_token_id"),
-    "eos out of range": (field(f"{WORD}eos_token_id", 2**32 - 1), f"{WORD}eos_token_id"),
-    "eos as a string": (field(f"{WORD}eos_token_id", "2"), f"{WORD}eos_token_id"),
-    "add_bos without a bos": (
-        lambda f: no_field(f"{WORD}bos_token_id")(field(f"{WORD}add_bos_token", True)(f)),
-        f"{WORD}bos_token_id",
-    ),
-    "add_bos as a number": (field(f"{WORD}add_bos_token", 1), f"{WORD}add_bos_token"),
-    "a template as a number": (field("tokenizer.chat_template", 5), "tokenizer.chat_template"),
-    "an invalid template": (field("tokenizer.chat_template", "{% for %}"), "tokenizer.chat_template"),
-}  # fmt: skip
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_written_file_is_read_the_same(tmp_path: Path, scaling: str, tied: bool) -> None:
+    sampling = Sampling(1.1, None, 7, 0.9, None)
+    config = replace(GROUPED, vocab=len(TOKENS), tied=tied, rope_scaling=SCALINGS[scaling])
+    tokenizer = tokenizer_of(load(write_gguf(tmp_path / "b.gguf", tiny_fields(), tiny_arrays())))
+    model, path = saved(tmp_path, config, tokenizer=tokenizer._replace(sampling=sampling))
+    found = load(path)
+    assert (found.config, found.sampling) == (config, sampling)
+    assert_close(found.params, model.params, 0, "params")
 
 
-def test_a_handmade_file_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    want = load(write_gguf(path, tiny_fields(), tiny_arrays()))
-    for change in (part(), part(version=2), field("x", 5), field("x", ["a", "b"]), shifted(32), no_field("x")):
-        path.write_bytes(change(tiny_file()).pack())
-        got = load(path)
-        assert got.config == want.config
-        assert_close(got.params, want.params, 0, "params")
+def test_a_tokenizer_is_written(tmp_path: Path) -> None:
+    """transformers has the same ids from the file; and a larger vocabulary is filled with tokens that add nothing."""
+    config = replace(GROUPED, vocab=len(TOKENS) + 5)
+    want = tokenizer_of(load(write_gguf(tmp_path / "b.gguf", tiny_fields(), tiny_arrays())))
+    _, path = saved(tmp_path, config, tokenizer=want)
+    got = tokenizer_of(load(path))
+    assert got.pieces == [*want.pieces, *[b""] * 5]
+    assert got._replace(encode=want.encode, pieces=want.pieces) == want
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    for text in ("the théâtre\n", "  12 345", "<|im_end|>", ""):
+        ids = want.encode(text, True)
+        assert got.encode(text, True) == ids == theirs.encode(text, add_special_tokens=False), text
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_invalid_ggufs_are_refused(tmp_path: Path, name: str) -> None:
-    change, field = REFUSED[name]
-    assert_refused(tmp_path / "a.gguf", change(tiny_file()).pack(), field)
+def test_published_configs_can_be_written() -> None:
+    for config in CONFIGS.values():
+        assert config_fields(config)["llama.rope.freq_base"] == config.theta
 
 
-def test_a_truncated_gguf_is_refused(tmp_path: Path) -> None:
-    """Cut in the fixed part of the header, below the minimum size for its counts, in its lists, and in the data."""
-    file, path = tiny_file(), tmp_path / "a.gguf"
-    data, least = file.pack(), 32 * len(file.tensors) + 13 * len(file.fields)
-    head = len(data) - len(file.data)
-    for cut in (*range(4, 40, 5), *range(40, head - 32, 577), head - 32):
-        assert_refused(path, data[:cut], *(["counts"] if 24 <= cut < least else ["size", *LISTS]))
-    ends = {tensor.name: head + tensor.offset + 4 * math.prod(tensor.shape) for tensor in file.tensors}
-    for cut in (head - 1, head, head + 1, len(data) - 32, len(data) - 1):
-        assert_refused(path, data[:cut], next(name for name, end in ends.items() if end > cut))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_are_written_rounded(tmp_path: Path, dtype: str) -> None:
+    model, path = saved(tmp_path, GROUPED, dtype)
+    want = jax.tree.map(lambda w: w if w.ndim == 1 else w.astype(dtype).astype(jnp.float32), model.params)
+    assert_close(load(path).params, want, 0, "params")
 
 
-def test_a_quantised_block_with_a_nan_scale_is_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "a.gguf", tiny_fields(), tiny_arrays(), [EMBED])
-    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == EMBED)
-    data = bytearray(path.read_bytes())
-    data[tensor.data_offset : tensor.data_offset + 2] = np.float16(math.nan).tobytes()
-    assert_refused(path, bytes(data), EMBED)
+def test_q8_0_is_written_within_its_error(tmp_path: Path) -> None:
+    """Half a step of the largest number of a block / 127, and the rounding of that step to float16."""
+    model, path = saved(tmp_path, BLOCKS, "q8_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds["blk.0.attn_output.weight"] == "F16"  # of rows of 48, which do not make blocks of 32
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    assert [*kinds.values()].count("Q8_0") == 7
+    found, want = leaves(load(path).params), leaves(model.params)
+    for name in (name for name, kind in kinds.items() if kind == "Q8_0"):
+        got, exact = (np.asarray(tree[name]).reshape(-1, 32) for tree in (found, want))
+        largest = abs(exact).max(axis=1, keepdims=True)
+        error = abs(got - exact)
+        assert (error <= largest * (0.5 / 127 + 2**-11)).all(), name
+        assert error.max() > largest.min() / 1000
 
 
-def test_quantised_gains_are_read(tmp_path: Path) -> None:
-    file, zeros = tiny_file(), bytes(34)
-    changed = tensor("output_norm.weight", kind=8, offset=len(file.data))(file._replace(data=file.data + zeros))
-    (tmp_path / "a.gguf").write_bytes(changed.pack())
-    assert not np.asarray(load(tmp_path / "a.gguf").params.norm).any()
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+def test_the_gguf_package_reads_what_is_written(tmp_path: Path, dtype: str) -> None:
+    model, path = saved(tmp_path, replace(BLOCKS, rope_scaling=SCALINGS["llama3"]), dtype)
+    reader = gguf.GGUFReader(path)
+    factors = factors_in_transformers(8, BLOCKS.theta, RopeScaling("llama3", 3.0, 40, 2.0, 8.0))
+    tensors = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    np.testing.assert_allclose(tensors.pop("rope_freqs.weight"), factors, rtol=1e-6)
+    want = leaves(model.params)
+    assert tensors.keys() == want.keys()
+    for name, array in want.items():
+        rows = np.asarray(array).reshape(tensors[name].shape)
+        np.testing.assert_allclose(tensors[name], rows, atol=0 if dtype == "float32" else 0.02, err_msg=name)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert fields["general.file_type"] == {
+        "float32": gguf.LlamaFileType.ALL_F32, "float16": gguf.LlamaFileType.MOSTLY_F16,
+        "bfloat16": gguf.LlamaFileType.MOSTLY_BF16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    }[dtype]  # fmt: skip
+    assert not [name for name in fields if name.startswith("llama.rope.scaling")]  # llama.cpp would apply them too
+
+
+@pytest.fixture(autouse=True)
+def quiet_transformers() -> Iterator[None]:
+    """It logs to a stream that pytest has replaced."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("scaling", "tied"), [("none", True), *((scaling, False) for scaling in SCALINGS)])
+def test_transformers_has_our_logits_from_what_is_written(tmp_path: Path, scaling: str, tied: bool) -> None:
+    """transformers ignores the scalings of a GGUF, so it is told them."""
+    config = replace(GROUPED, tied=tied, rope_scaling=SCALINGS[scaling])
+    model, path = saved(tmp_path, config)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    read = theirs.config
+    assert (read.num_attention_heads, read.num_key_value_heads, read.head_dim) == (6, 2, 10)
+    assert (read.rms_norm_eps, read.tie_word_embeddings) == (np.float32(1e-6), tied)
+    assert read.rope_parameters["rope_theta"] == 5e5
+    if config.rope_scaling:
+        rotated: Any = read.to_dict() | {"rope_parameters": stated(config.rope_scaling, config.theta)}
+        theirs.model.rotary_emb = LlamaRotaryEmbedding(LlamaConfig(**rotated))
+    tokens = np.random.default_rng(0).integers(0, config.vocab, 64)
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)[None]).logits[0].numpy()
+    assert_close(logits(model.params, jnp.asarray(tokens, jnp.int32), config), want, 1e-5, "logits")
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (replace(TINY, theta=1e4 + 1 / 3), "llama.rope.freq_base"),
+        (replace(TINY, eps=1 / 3e5), "llama.attention.layer_norm_rms_epsilon"),
+        (replace(TINY, rope_scaling=RopeScaling("linear", 10 / 3)), "llama.rope.scaling.factor"),
+        (replace(TINY, rope_scaling=RopeScaling("llama3", 2.0, 32, 1.0, 10 / 3)), "lovely_llama.rope.scaling.high"),
+        (replace(TINY, rope_scaling=RopeScaling("yarn", 2.0, 32, 1.0, 16.0, 1.0)), "rope_scaling"),
+        (replace(TINY, rope_scaling=RopeScaling("yarn", 2.0, 32, 1.0, 32.0, 4 / 3)), "rope_scaling.attention_factor"),
+    ],
+)
+def test_what_a_gguf_cannot_carry_is_refused(tmp_path: Path, config: Config, field: str) -> None:
+    with pytest.raises(LlamaError) as caught:
+        saved(tmp_path, config)
+    assert caught.value.field == field
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float16", 7e4), ("q8_0", 1e7), ("float32", math.nan), ("q8_0", -math.inf)]
+)
+def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path: Path, dtype: str, value: float) -> None:
+    params = random_params(TINY)
+    params = params._replace(embed=params.embed.at[3, 5].set(value))
+    with pytest.raises(LlamaError) as caught:
+        saved(tmp_path, TINY, dtype, params=params)
+    assert caught.value.field == EMBED
+    assert not list(tmp_path.iterdir())
 
 
 # ---- A real file -----------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_star_imports_replace_no_names_of_others() -> None:
 def test_a_missing_package_is_reported_with_its_extra() -> None:
     assert extra("json", "chat").loads("1") == 1
     with pytest.raises(
-        LlamaError, match=r"^environment: nowhere: got no such package, .*pip install gguf tokenizers jinja2$"
+        LlamaError, match=r"^environment: nowhere: got no such package, .*pip install gguf tokenizers jinja2 tqdm$"
     ) as caught:
         extra("nowhere.module", "chat")
     assert (caught.value.file, caught.value.field) == ("environment", "nowhere")

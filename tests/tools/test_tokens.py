@@ -1,5 +1,6 @@
 """Tokenizers: SmolLM2's against llama.cpp's and transformers', Llama 2's against SentencePiece itself."""
 
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,9 +20,9 @@ from transformers import GPT2Tokenizer
 from lovely_llama import Config, LlamaError, Sampling, shapes
 from lovely_llama_tools.files import default_model
 from lovely_llama_tools.formats import Model
-from lovely_llama_tools.formats.gguf import gguf_tokenizer, scan_gguf
+from lovely_llama_tools.formats.gguf_header import scan_gguf
 from lovely_llama_tools.generate import Session, generate
-from lovely_llama_tools.tokens import Tokenizer, sentencepiece_tokenizer
+from lovely_llama_tools.tokens import Tokenizer, gguf_tokenizer, sentencepiece_tokenizer
 
 LLAMA2 = Path(__file__).parents[3] / "shared/data/llama2-tokenizer.model"
 
@@ -181,7 +182,8 @@ def test_bytes_outside_the_vocabulary_are_refused(text: str, special: bool) -> N
 def test_llama2_matches_sentencepiece(text: str) -> None:
     tokenizer, reference = llama2(), sentencepiece()
     tokens = reference.encode(text)
-    assert tokenizer.encode(text, False) == tokenizer.encode(text, True) == tokens
+    assert tokenizer.encode(text, False) == tokens
+    assert tokenizer.encode(text, True) == tokens or {"<s>", "</s>", "<unk>"} & {*re.findall("<[^<>]*>", text)}
     assert tokenizer.begin(text) == [reference.bos_id(), *tokens]
     assert tokenizer.decode(tokens) == tokenizer.decode(tokenizer.begin(text)) == reference.decode(tokens)
 

@@ -1,0 +1,91 @@
+"""safetensors: tensors in one file behind a header in JSON, which is checked in full before any is read."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Float
+
+from lovely_llama import check, is_whole
+
+from ..strict_json import read_json
+
+KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+HEADER = 2**21  # bytes; those of a Llama of a thousand layers need half of that
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int
+
+
+def scan_safetensors(file: BinaryIO, path: Path) -> dict[str, Place]:
+    """The places of all tensors. They fill the file: none overlaps another, none has a gap before it.
+
+    huggingface.co/docs/safetensors: the header's length as uint64, the header, the tensors. All is little-endian.
+    """
+    must, size = partial(check, file=path), os.fstat(file.fileno()).st_size
+    must("size", f"{size} bytes", size >= 8, "at least 8")
+    length = int.from_bytes(file.read(8), "little")
+    must("header", f"{length} bytes", length <= min(HEADER, size - 8), f"at most {min(HEADER, size - 8)}")
+    header, at = read_json(file.read(length), path), 8 + length
+    header.pop("__metadata__", None)
+    places, ends = dict[str, Place](), [(at, at)]
+    for name, entry in header.items():
+        fields = cast(dict[str, Any], entry if isinstance(entry, dict) else {})
+        must(name, f"{entry!s:.60}", fields.keys() == {"dtype", "shape", "data_offsets"}, "dtype, shape, data_offsets")
+        kind, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        must(name, f"{kind!s:.60}", kind in [*KINDS], f"weights in {', '.join(KINDS)}")
+        must(name, f"the shape {shape!s:.60}", are_sizes(shape) and len(shape) <= 4, "up to four whole numbers")
+        must(name, f"the offsets {offsets!s:.60}", are_sizes(offsets) and len(offsets) == 2, "two whole numbers")
+        begin, end = (at + offset for offset in offsets)
+        need = KINDS[kind].itemsize * math.prod(shape)
+        must(name, f"{end - begin} bytes", end - begin == need, f"{need}, for {kind} of shape {tuple(shape)}")
+        places[name] = Place(tuple(shape), kind, begin)
+        ends.append((begin, end))
+    ends.sort()
+    for (_, last), (begin, _) in pairwise(ends):
+        must("data_offsets", f"a tensor that begins at byte {begin}", begin == last, f"byte {last}: no gap, no overlap")
+    must("size", f"{size} bytes", size == ends[-1][1], ends[-1][1])
+    return places
+
+
+def are_sizes(values: Any) -> bool:
+    """Whether this is a list of whole numbers, none below 0."""
+    return isinstance(values, list) and all(is_whole(n) and n >= 0 for n in cast(list[Any], values))
+
+
+def read_tensor(file: BinaryIO, path: Path, name: str, place: Place) -> Float[np.ndarray, "..."]:
+    """One tensor, as it is stored. Several threads may read the same file."""
+    data = np.empty(math.prod(place.shape), KINDS[place.dtype])
+    view, done = data.view(np.uint8).data, 0
+    while done < data.nbytes and (read := os.preadv(file.fileno(), [view[done:]], place.begin + done)):
+        done += read
+    check(name, f"{done} bytes", done == data.nbytes, f"{data.nbytes}: the file has been changed", path)
+    return data.reshape(place.shape)
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, get: Callable[[str], Float[np.ndarray, "..."]]
+) -> None:
+    """Write tensors of one dtype, each asked for when it is written."""
+    header, at = dict[str, Any](__metadata__={"format": "pt"}), 0  # without which transformers reads none of it
+    for name, shape in shapes.items():
+        end = at + KINDS[dtype].itemsize * math.prod(shape)
+        header[name], at = {"dtype": dtype, "shape": shape, "data_offsets": (at, end)}, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            file.write(np.ascontiguousarray(get(name)).reshape(-1).view(np.uint8).data)

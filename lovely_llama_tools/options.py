@@ -1,0 +1,40 @@
+"""The parts of the command line: a parser that raises, numbers in plain decimal notation, and the common options."""
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lovely_llama import LlamaError
+
+DEBUG: dict[str, Any] = {"action": "store_true", "help": "show the traceback of an error"}
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser that raises LlamaError in place of printing its usage."""
+
+    def error(self, message: str) -> Any:
+        unquoted = re.match("unrecognized arguments: [^-]", message)
+        raise LlamaError("arguments", self.prog, message, "one PROMPT, in quotes" if unquoted else "what --help says")
+
+
+def number(text: str) -> float:
+    """A decimal number. float() would accept nan, inf and 1_0 as well."""
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.ASCII | re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return float(text)
+
+
+def whole(text: str) -> int:
+    """A whole number in decimal digits."""
+    if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def add_command(commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], None]) -> Arguments:
+    """Add a command to the parser's: what it does, and the function that runs it."""
+    command = commands.add_parser(name, help=what, description=what + ".", allow_abbrev=False)
+    command.add_argument("--debug", **DEBUG | {"default": argparse.SUPPRESS})
+    command.set_defaults(run=run)
+    return command

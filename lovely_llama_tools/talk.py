@@ -1,0 +1,168 @@
+"""The commands `chat` and `generate`: answers and texts on a terminal, through pipes, and interrupted."""
+
+import argparse
+import importlib
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from lovely_llama import SAMPLERS, LlamaError, Sampling, check
+
+from .chat import chat_prompt, recent
+from .files import default_model, load
+from .formats import DTYPES, Model
+from .generate import Generation, Session, generate
+from .options import add_command, number, whole
+from .tokens import check_text
+
+HELP = "/bye or Ctrl-D ends the conversation, Ctrl-C an answer, /help shows this"
+
+
+def add(commands: Any) -> None:
+    """Add the commands and their options."""
+    for name, what in (("chat", "answer PROMPT, or hold a conversation"), ("generate", "continue PROMPT")):
+        command = add_command(commands, name, what, talk)
+        says = "a text; what is piped in comes after it; - stands for that alone"
+        command.add_argument("prompt", metavar="PROMPT", nargs="?" if name == "chat" else None, help=says)
+        option = partial(command.add_argument, default=None)
+        option("--model", metavar="MODEL", help="a file, a folder, or a name on Hugging Face's hub (default: SmolLM2)")
+        option("--dtype", choices=DTYPES, help="of the parameters (default: float32 on a CPU, else as stored)")
+        option("--max-new", type=whole, metavar="N", help="at most N new tokens (default: up to the context's end)")
+        for sampler, about in SAMPLERS.items():
+            default = getattr(Sampling(), sampler)
+            shown = "" if default is None else f" (default: the model's own, or {default})"
+            flag, kind = f"--{sampler.replace('_', '-')}", whole if about.most is None else number
+            option(flag, type=kind, metavar="N" if kind is whole else "X", help=about.says + shown)
+        option("--seed", type=whole, metavar="N", help="the same text every time (default: a new seed)")
+        option("--stop", action="append", metavar="TEXT", help="end before TEXT; may be given more than once")
+        if name == "chat":
+            option("--system", metavar="TEXT", help="the system message (default: the template's own)")
+        command.add_argument("--quiet", action="store_true", help="no line of statistics on stderr")
+
+
+def say(generation: Generation, quiet: bool = False) -> str:
+    """Print text as it comes, then a line of statistics on stderr. Return the text."""
+    text = ""
+    for part in generation:
+        shown = part if isinstance(part, str) else f"{part} "  # an id, where there is no tokenizer
+        text += shown
+        print(shown, end="", flush=True)
+    print(flush=True)
+    times, reason = generation.times, generation.reason
+    # The prompt's time includes the first new token, and the second may wait for a compilation.
+    read, cached = len(generation.prompt) - generation.cached, generation.cached
+    prompt = read / (times[1] - times[0]) if len(times) > 1 else 0
+    decode = (len(times) - 3) / (times[-1] - times[2]) if len(times) > 3 else 0
+    ends = {"stop": "ended", "length": "cut at --max-new", "context": "cut where the context ends"}
+    counts = f"prompt {len(generation.prompt)} tokens{f' ({cached} cached)' if cached else ''}, {prompt:.1f}/s"
+    if not quiet:
+        end = ends.get(reason, reason)
+        print(f"{counts}; new {len(generation.tokens)}, {decode:.1f}/s; {end}", file=sys.stderr)
+    return text
+
+
+def piped() -> str:
+    """What is piped into stdin, or redirected from a file; nothing from a terminal, a device or a closed stdin."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        return ""
+    try:
+        text = sys.stdin.read() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
+    except UnicodeDecodeError as error:
+        raise LlamaError("stdin", "text", "bytes that are not UTF-8", "text") from error
+    return text.removesuffix("\n")
+
+
+def talk(args: argparse.Namespace) -> None:
+    """The commands `chat` and `generate`."""
+    for field in ("prompt", "system"):
+        check_text(field, getattr(args, field, None) or "")
+    chosen = {name: getattr(args, name) for name in SAMPLERS if getattr(args, name) is not None}
+    seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
+    if args.prompt is not None:
+        texts = ["" if args.prompt == "-" else args.prompt, piped()]
+        args.prompt = "\n".join(filter(None, texts))
+    path = args.model or default_model()
+    model = load(path, args.dtype)
+    sampling = (model.sampling or Sampling())._replace(**chosen)
+    more = partial(generate, model, max_new=args.max_new, sampling=sampling, seed=seed, stop=args.stop or ())
+    if args.command == "generate":
+        say(more(str(args.prompt) if model.tokenizer else ids(str(args.prompt), path)), args.quiet)
+    else:
+        converse(model, more, args)
+
+
+def ids(prompt: str, path: object) -> list[int]:
+    """A prompt of token ids, for a model without a tokenizer."""
+    expected = "a tokenizer.json, .model or .bin beside the model, or token ids as PROMPT, such as '1 15043'"
+    good = re.fullmatch(r"\s*\d{1,18}([\s,]+\d{1,18})*\s*", prompt, re.ASCII)
+    check("tokenizer", "none", bool(good), expected, path)
+    return [int(word) for word in re.findall(r"\d+", prompt)]
+
+
+ANSWERING = list[Generation]()  # the answer in a conversation on a terminal, which Ctrl-C ends
+
+
+def interrupt() -> bool:
+    """End the answer of a conversation on a terminal; False where there is none, or it was to end already."""
+    if not ANSWERING:
+        return False
+    ANSWERING.pop().interrupt()
+    return True
+
+
+def converse(model: Model, more: "partial[Generation]", args: argparse.Namespace) -> None:
+    """Answer one prompt, or line after line. On a terminal, what cannot be answered does not end the conversation."""
+    session, limit = Session(model), model.config.ctx - min(args.max_new or model.config.ctx, model.config.ctx // 4)
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    alive, whole = args.prompt is None and sys.stdin is not None and sys.stdin.isatty(), True  # pyright: ignore
+    for line in lines() if args.prompt is None else [args.prompt]:
+        messages.append({"role": "user", "content": line})
+        try:
+            fitting = recent(model.tokenizer, messages, limit)
+            if len(fitting) < len(messages) and whole:
+                print("note: the oldest turns no longer fit into the context, and are dropped", file=sys.stderr)
+                whole = False
+            generation = more(chat_prompt(model.tokenizer, fitting), session=session)
+            ANSWERING.extend([generation] if alive else [])
+            answer = say(generation, args.quiet)
+        except LlamaError as error:
+            if not alive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+        else:
+            messages = [*fitting, {"role": "assistant", "content": answer}]
+        finally:
+            ANSWERING.clear()
+
+
+def lines() -> Iterator[str]:
+    """The lines of stdin, up to /bye or its end. On a terminal each is prompted for, wherever stdout goes."""
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] -- it is None where it was closed
+        return
+    asked, shown = sys.stdin.isatty(), sys.stdout.isatty()
+    if asked:
+        importlib.import_module("readline")  # its import makes input() edit lines
+    while True:
+        if asked and not shown:
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = input("> " if asked and shown else "")
+        except EOFError:
+            if asked:
+                print(file=sys.stderr)
+            return
+        except UnicodeDecodeError as error:
+            raise LlamaError("stdin", "line", "bytes that are not UTF-8", "text") from error
+        if line.strip() == "/bye":
+            return
+        if line.strip() == "/help":
+            print(HELP, file=sys.stderr)
+        elif line.strip():
+            yield line

@@ -1,0 +1,16 @@
+"""Tokenizers: text to ids and back, by whichever library, from whichever file."""
+
+from .base import Tokenizer as Tokenizer
+from .base import check_template as check_template
+from .base import check_text as check_text
+from .base import fit as fit
+from .base import segments as segments
+from .base import template_environment as template_environment
+from .converting import tokenizer_bin as tokenizer_bin
+from .folders import folder_tokenizer as folder_tokenizer
+from .folders import tokenizer_files as tokenizer_files
+from .gguf_fields import gguf_tokenizer as gguf_tokenizer
+from .gguf_fields import tokenizer_fields as tokenizer_fields
+from .pieces import bin_tokenizer as bin_tokenizer
+from .pieces import sentencepiece_tokenizer as sentencepiece_tokenizer
+from .ranks import gpt2_tokenizer as gpt2_tokenizer

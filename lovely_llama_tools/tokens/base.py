@@ -1,0 +1,202 @@
+"""`Tokenizer`, and what its makers share: texts, templates, small files, and the containment of other libraries."""
+
+import os
+import re
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lovely_llama import LlamaError, Sampling, check
+
+from ..extras import extra
+
+# Special tokens that end an answer, or a text, in one Llama or another, besides the one called EOS.
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
+LARGEST = 2**26  # bytes of a tokenizer's file
+
+
+class Tokenizer(NamedTuple):
+    """Text to ids and back."""
+
+    encode: Callable[[str, bool], list[int]]  # (text, whether the names of special tokens in it mean those tokens)
+    pieces: Sequence[bytes]  # what each id adds to a text; nothing for a control token
+    specials: Mapping[str, int]
+    stops: frozenset[int]
+    bos: int | None
+    adds_bos: bool
+    prefix: bytes  # put before every text by the library, and removed again in decoding
+    template: str | None  # the chat template, in jinja2
+    eos: int | None = None
+    templates: Mapping[str, str] = {}
+    sampling: Sampling | None = None  # what the model recommends
+
+    def __repr__(self) -> str:
+        template = "with" if self.template else "without"
+        return f"Tokenizer({len(self.pieces):,} pieces, {len(self.specials)} special, {template} a chat template)"
+
+    def begin(self, text: str) -> list[int]:
+        """The tokens of a plain prompt. BOS comes first where the model expects it, or where the text is empty."""
+        bos = [self.bos] if self.bos is not None and (self.adds_bos or not text) else []
+        return bos + self.encode(text, False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; invalid UTF-8 becomes U+FFFD."""
+        return b"".join(self.pieces[token] for token in tokens).removeprefix(self.prefix).decode("utf-8", "replace")
+
+
+def fit(tokenizer: Tokenizer, vocab: int, file: object) -> Tokenizer:
+    """The tokenizer for a model of this vocabulary. Ids that only the model has add nothing to a text."""
+    pieces = len(tokenizer.pieces)
+    check("pieces", pieces, pieces <= vocab, f"at most {vocab}, the model's vocabulary", file)
+    return tokenizer._replace(pieces=[*tokenizer.pieces, *[b""] * (vocab - pieces)])
+
+
+def with_ends(tokenizer: Tokenizer, bos: int | None, eos: int | None, adds_bos: bool, file: object) -> Tokenizer:
+    """The tokenizer with these ids for BOS and EOS. EOS, and special tokens that end answers elsewhere, are stops."""
+    vocab = len(tokenizer.pieces)
+    for name, i in (("bos_token_id", bos), ("eos_token_id", eos)):
+        check(name, i, i is None or (type(i) is int and 0 <= i < vocab), f"an id from 0 to {vocab - 1}", file)
+    check("bos_token_id", "none", bos is not None or not adds_bos, "an id, as BOS is to begin every text", file)
+    ends = {tokenizer.specials[name] for name in ENDS if name in tokenizer.specials}
+    stops = frozenset(ends if eos is None else {*ends, eos})
+    return tokenizer._replace(bos=bos, eos=eos, adds_bos=adds_bos, stops=stops)
+
+
+def prefix_of(encode: Callable[[str, bool], list[int]], pieces: Sequence[bytes]) -> bytes:
+    """The space that a library puts before every text, where it does: seen by encoding a letter."""
+    for letter in "aeiothe0.":
+        try:
+            return b" " if pieces[encode(letter, False)[0]].startswith(b" ") else b""
+        except (LlamaError, IndexError):  # not in the vocabulary
+            continue
+    return b""
+
+
+# ---- Texts -----------------------------------------------------------------------------------------------------------
+
+
+def check_text(field: str, text: str) -> None:
+    """Refuse lone surrogates, which is how Python decodes command-line arguments that are not UTF-8."""
+    check(field, "bytes that are not UTF-8", not re.search("[\ud800-\udfff]", text), "text")
+
+
+def segments(text: str, specials: Mapping[str, int]) -> Iterator[tuple[str, int | None]]:
+    """The text before each name of a special token, with that token; at last, the text after all of them, with none.
+
+    Of names that begin at the same place the longest counts.
+    """
+    names, end = sorted(specials, key=len, reverse=True), 0
+    for found in re.finditer("|".join(map(re.escape, names)) or "(?!)", text):
+        yield text[end : found.start()], specials[found[0]]
+        end = found.end()
+    yield text[end:], None
+
+
+# ---- Templates -------------------------------------------------------------------------------------------------------
+
+
+def template_environment() -> Any:
+    """Where chat templates are rendered: jinja2's sandbox, with what transformers adds to it.
+
+    transformers, utils/chat_template_utils.py: loop controls, the tag `generation`, `raise_exception`, `strftime_now`,
+    and a `tojson` that keeps characters as they are.
+    """
+    import json
+    from datetime import datetime
+
+    jinja2 = extra("jinja2", "chat")
+    sandbox, extension = extra("jinja2.sandbox", "chat"), extra("jinja2.ext", "chat")
+
+    class Generation(extension.Extension):
+        """`{% generation %}` marks an answer when training; what stands within is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 -- as jinja2 has it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def refuse(message: object) -> None:
+        raise LlamaError("model", "chat_template", f"{message!r}", "a conversation that the template accepts")
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=refuse, strftime_now=now)
+    return environment
+
+
+def check_template(template: str, field: str, file: object) -> None:
+    """Refuse a template that jinja2 cannot parse."""
+    check_text(field, template)
+    environment = template_environment()
+    try:
+        environment.parse(template)
+    except Exception as error:  # a syntax error, or nesting too deep
+        raise LlamaError(file, field, "a syntax error", "a jinja2 template") from error
+
+
+# ---- Other libraries, and files --------------------------------------------------------------------------------------
+
+LOCK = threading.RLock()  # over file descriptor 2, and over the settings of a library's tokenizer
+
+
+@contextmanager
+def silenced() -> Generator[None]:
+    """Drop what is written to file descriptor 2; nothing else can hold back what a Rust or C++ library prints there."""
+    with LOCK:
+        try:
+            kept = os.dup(2)
+        except OSError:  # closed
+            kept = None
+        null = os.open(os.devnull, os.O_WRONLY)
+        if null != 2:
+            os.dup2(null, 2)
+            os.close(null)
+        try:
+            yield
+        finally:
+            if kept is None:
+                os.close(2)
+            else:
+                os.dup2(kept, 2)
+                os.close(kept)
+
+
+@contextmanager
+def contained(file: object, field: str, got: str, expected: str) -> Generator[None]:
+    """Whatever a library raises within becomes a LlamaError, a panic of Rust too, which is no Exception."""
+    try:
+        with silenced():
+            yield
+    except LlamaError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise LlamaError(file, field, got, expected) from error
+
+
+def small_file(path: Path) -> bytes | None:
+    """The contents of a tokenizer's file, or None where there is none."""
+    try:
+        if not path.exists():
+            return None
+        check("path", "not a regular file", path.is_file(), "a regular file", path)
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            check("size", f"{size} bytes", size <= LARGEST, f"at most {LARGEST}", path)
+            return file.read(size)
+    except OSError as error:
+        raise LlamaError(path, "path", error.strerror, "a file that can be read") from error
