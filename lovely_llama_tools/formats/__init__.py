@@ -1,5 +1,6 @@
 """Checkpoint formats, one module each: a file or a folder in, a `Checkpoint` out. Here is what they share."""
 
+import mmap
 import os
 import re
 from collections.abc import Callable, Generator, Mapping
@@ -70,24 +71,32 @@ class Checkpoint(NamedTuple):
         with progress(f"loading {self.file.name}", len(names)) as advance:
 
             def get(name: str) -> Float[np.ndarray, "..."]:
-                array = finite(widened(self.get(name)), name, self.file).astype(kind, copy=False)
                 advance(1)
-                return array
+                return finite(owned(self.get(name), kind), name, self.file)
 
             return Model(self.config, from_named(self.layout, get, self.config), self.tokenizer)
 
 
 def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """An array in float32. bfloat16 is its upper half."""
-    if array.dtype == jnp.bfloat16:
-        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    """An array in float32."""
     return array.astype(np.float32, copy=False)
+
+
+def owned(array: Float[np.ndarray, "..."], dtype: Any) -> Float[np.ndarray, "..."]:
+    """A copy in memory pages of its own. On a CPU jax takes these over as they are, since they are aligned."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)  # one by one they would be slow
+    memory = mmap.mmap(-1, array.size * dtype.itemsize, flags=flags)
+    copy = np.frombuffer(memory, dtype).reshape(array.shape)
+    with np.errstate(over="ignore"):
+        copy[...] = array
+    return copy
 
 
 def finite(array: Float[np.ndarray, "..."], name: str, file: object) -> Float[np.ndarray, "..."]:
     """Refuse a tensor that contains NaN or ∞. The largest and the smallest value show both."""
-    good = bool(np.isfinite(array.max()) and np.isfinite(array.min()))
-    check(name, "NaN or ∞", good, "finite numbers", file)
+    wide = widened(array)
+    good = bool(np.isfinite(wide.max()) and np.isfinite(wide.min()))
+    check(name, f"NaN or ∞ in {array.dtype}", good, "finite numbers", file)
     return array
 
 

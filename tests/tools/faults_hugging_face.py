@@ -436,7 +436,7 @@ CASES: dict[str, Case] = {
     } | {"a list": wrong(entry(Q, dtype=["F32"]), Q, TypeError)}, loads()),
     "B11": Case("S", "narrow weights are widened exactly", {
         "bfloat16": guarded(narrow(torch.bfloat16, "bfloat16"), {
-            "lovely_llama_tools.formats:widened": "lambda array: array.view(np.int16).astype(np.float32)"}),
+            "lovely_llama_tools.formats.safetensors:KINDS": "original | {'BF16': np.dtype(np.int16)}"}),
         "float16": guarded(narrow(torch.float16, "float16"), {
             "lovely_llama_tools.formats.safetensors:KINDS": "original | {'F16': original['BF16']}"}),
     }, loads()),
