@@ -15,6 +15,9 @@ PACKAGES = {
     "hub": ("huggingface_hub",),
     "torch": ("torch",),
     "tiktoken": ("tiktoken",),
+    "train": ("matplotlib", "tensorboardX", "tqdm"),
+    "plot": ("matplotlib",),
+    "eval": ("lm-eval",),
 }
 
 
