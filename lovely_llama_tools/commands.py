@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lovely_llama import LlamaError, __version__
 
-from . import convert, inspect, talk, tokenize
+from . import convert, inspect, plot, talk, tokenize
 from .options import DEBUG, Arguments
 
-COMMANDS = (talk, convert, inspect, tokenize)
+COMMANDS = (talk, convert, inspect, tokenize, plot)
 
 
 def arguments() -> Arguments:
