@@ -1,0 +1,135 @@
+"""Corpora: the files that paths stand for, and the texts in them, read in blocks."""
+
+import os
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lovely_llama import LlamaError, check
+
+from .formats import open_file
+from .strict_json import read_json
+
+BLOCK = 2**20  # characters that are read, and encoded, at once
+TEXTS, TOKENS = (".txt", ".jsonl"), (".bin", ".npy")  # what a folder is searched for
+STANDARD_LIBRARY = 2**22  # bytes of its source that serve as a corpus
+
+
+def corpus_files(paths: Sequence[str], suffixes: Sequence[str] = (*TEXTS, *TOKENS)) -> list[Path]:
+    """The files that paths stand for: themselves, and those in folders by name. A folder's texts go before its tokens.
+
+    No paths stand for the source of Python's standard library.
+    """
+    found = list[Path]()
+    for path in map(Path, paths):
+        try:
+            inside = sorted(file for file in path.rglob("*") if file.suffix in suffixes) if path.is_dir() else [path]
+        except (OSError, ValueError) as error:
+            raise LlamaError(path, "path", error, "a file or a folder that can be read") from error
+        check("path", "no files", bool(inside), f"a folder with files named *{' or *'.join(suffixes)}", path)
+        found += [file for file in inside if file.suffix not in TOKENS] or inside
+    return found or standard_library()
+
+
+def standard_library() -> list[Path]:
+    """Some megabytes of Python's standard library: modules in ASCII, by name."""
+    root, found, size = Path(sysconfig.get_paths()["stdlib"]), list[Path](), 0
+    for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
+        if {"site-packages", "dist-packages", "test", "tests", "idlelib"} & {*path.parts[len(root.parts) :]}:
+            continue
+        text = path.read_bytes()
+        if text.isascii() and size + len(text) <= STANDARD_LIBRARY:
+            found.append(path)
+            size += len(text)
+    check("path", f"{size} bytes of source", size > 0, "Python's own modules, or the name of a corpus", root)
+    return found
+
+
+def read_lines(path: Path) -> Iterator[list[bytes]]:
+    """The lines of a file with their ends, about a block of them at a time."""
+    with open_file(path) as file:
+        try:
+            while lines := file.readlines(BLOCK):
+                yield lines
+        except OSError as error:
+            raise LlamaError(path, "path", error.strerror, "a file that can be read") from error
+
+
+def read_blocks(path: Path) -> Iterator[str]:
+    """A text in blocks of whole lines."""
+    read = 0
+    for lines in read_lines(path):
+        data = b"".join(lines)
+        try:
+            yield data.decode()
+        except UnicodeDecodeError as error:
+            got = f"bytes that are not UTF-8 at byte {read + error.start}"
+            raise LlamaError(path, "text", got, "UTF-8") from error
+        read += len(data)
+
+
+def read_documents(path: Path, separators: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """The documents of a text, which separators divide, in parts; and with each part whether its document ends there.
+
+    A newline on either side of a separator belongs to it. A long document is divided between two lines where the one
+    ends and the other begins with a visible character: there the expressions by which tokenizers split texts do, too.
+    """
+    between = re.compile("\n?(?:" + "|".join(map(re.escape, separators)) + ")\n?") if separators else re.compile("(?!)")
+    rest = ""
+    for block in read_blocks(path):
+        *parts, rest = between.split(rest + block)
+        yield from ((part, True) for part in parts)
+        if len(rest) >= BLOCK:
+            ends = [found.end() for found in re.finditer(r"\S\n(?=\S)", rest)]
+            if ends:
+                yield rest[: ends[-1]], False
+                rest = rest[ends[-1] :]
+    yield rest, True
+
+
+def read_records(path: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:
+    """The lines of a JSON lines file, by file and number: each a text, or the messages of a conversation."""
+    number = 0
+    for lines in read_lines(path):
+        for line in lines:
+            number += 1
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            listed = line.lstrip().startswith(b"[")
+            record = read_json(b'{"messages":' + line + b"}" if listed else line, where)
+            if isinstance(text := record.get("text"), str) and "messages" not in record:
+                yield where, text
+            else:
+                yield where, as_messages(record.get("messages"), where)
+
+
+def as_messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """Refuse what is no conversation: messages, each with a role and a content."""
+    expected = 'messages, each with a "role" and a "content", or a "text"'
+    check("messages", f"a value of type {type(value).__name__}", isinstance(value, list), expected, where)
+    check("messages", "none", bool(value), expected, where)
+    for message in value:
+        check("messages", f"{message!r:.40}", isinstance(message, dict), expected, where)
+        for key in ("role", "content"):
+            check(
+                "messages", f"{message.get(key)!r:.40} as the {key}", isinstance(message.get(key), str), expected, where
+            )
+    return value
+
+
+def read_texts(paths: Sequence[Path]) -> Iterator[str]:
+    """All the texts of files, in blocks; of a JSON lines file, what its lines say."""
+    for path in paths:
+        if path.suffix != ".jsonl":
+            yield from read_blocks(path)
+            continue
+        for _, record in read_records(path):
+            yield record if isinstance(record, str) else "\n".join(message["content"] for message in record)
+
+
+def size_of(paths: Sequence[Path]) -> int:
+    """The bytes of files."""
+    return sum(os.path.getsize(path) for path in paths)

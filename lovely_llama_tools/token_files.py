@@ -1,0 +1,156 @@
+"""Files of token ids: raw little-endian integers, written once, checked when opened, and read piece by piece."""
+
+import hashlib
+import os
+import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from lovely_llama import LlamaError, check
+
+from .extras import progress
+from .files import publish
+from .formats import open_file
+
+BLOCK = 2**20  # ids that are checked at once
+
+
+def id_dtype(vocab: int) -> str:
+    """The narrowest of nanoGPT's and llama2.c's two dtypes."""
+    return "uint16" if vocab <= 2**16 else "uint32"
+
+
+class Writer:
+    """A file of integers that comes into being as a whole: it has its name once `publish` has been called."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype, self.count, self.digest = path, np.dtype(dtype).newbyteorder("<"), 0, hashlib.sha256()
+        self.part = path.with_name(f".{path.name}.part{os.getpid()}")
+        self.file = self.part.open("wb")
+
+    def add(self, ids: Sequence[int] | Integer[np.ndarray, " seq"]) -> None:
+        """Write some more."""
+        data = np.asarray(ids, self.dtype).tobytes()
+        self.digest.update(data)
+        self.file.write(data)
+        self.count += len(ids)
+
+    def publish(self) -> None:
+        """Give the file its name, once it is surely on the disk."""
+        self.file.close()
+        publish(self.part, self.path)
+
+    def discard(self) -> None:
+        """Leave nothing behind, if it has no name yet."""
+        self.file.close()
+        self.part.unlink(missing_ok=True)
+
+
+class Part(NamedTuple):
+    """An open file of ids."""
+
+    file: Path
+    number: int  # of the file descriptor
+    dtype: Any
+    offset: int  # in bytes, of the first id
+    size: int  # in ids
+    state: tuple[int, int]  # its size, and when it was last changed
+
+
+class Tokens:
+    """The ids in files, as one sequence.
+
+    They are read with `pread`: a file that is cut short while it is read then raises an exception, where a memory map
+    would end the process.
+    """
+
+    def __init__(self, parts: Sequence[Part], vocab: int) -> None:
+        self.parts, self.vocab = parts, vocab
+        self.ends: list[int] = np.cumsum([part.size for part in parts]).tolist()
+        self.count = self.ends[-1]
+        for part in parts:
+            weakref.finalize(self, os.close, part.number)
+
+    def read(self, start: int, size: int) -> Int[np.ndarray, " seq"]:
+        """The ids from start on, as int32."""
+        found = list[Integer[np.ndarray, " some"]]()
+        while size > 0:
+            i = bisect_right(self.ends, start)
+            part, at = self.parts[i], start - self.ends[i] + self.parts[i].size
+            ids = read_part(part, at, min(size, part.size - at), self.vocab)
+            found.append(ids)
+            start, size = start + len(ids), size - len(ids)
+        return (found[0] if len(found) == 1 else np.concatenate(found)).astype(np.int32)
+
+    def digest(self) -> str:
+        """The SHA-256 of all the ids as they lie in the files. Every id is checked on the way."""
+        digest = hashlib.sha256()
+        with progress("checking tokens", self.count) as advance:
+            for part in self.parts:
+                for at in range(0, part.size, BLOCK):
+                    ids = read_part(part, at, min(BLOCK, part.size - at), self.vocab)
+                    digest.update(ids.tobytes())
+                    advance(len(ids))
+        return digest.hexdigest()
+
+
+def read_part(part: Part, at: int, size: int, vocab: int) -> Integer[np.ndarray, " seq"]:
+    """Some ids of a file, checked: in their own dtype, for in a narrower one a wrong id can look right."""
+    width = part.dtype.itemsize
+    where = part.offset + at * width
+    try:
+        state, data = state_of(part.number), os.pread(part.number, size * width, where)
+    except OSError as error:
+        raise LlamaError(part.file, "path", error.strerror, "a file that can be read") from error
+    check("size", f"{state[0]} bytes, changed since it was opened", state == part.state, f"{part.state[0]}", part.file)
+    check("size", f"no more at byte {where + len(data)}", len(data) == size * width, "as when opened", part.file)
+    ids = np.frombuffer(data, part.dtype)
+    if ids.max() >= vocab or ids.min() < 0:
+        wrong = int(np.flatnonzero((ids >= vocab) | (ids < 0))[0])
+        got = f"{ids[wrong]} at byte {where + wrong * width}"
+        raise LlamaError(part.file, "tokens", got, f"ids from 0 to {vocab - 1}")
+    return ids
+
+
+def state_of(number: int) -> tuple[int, int]:
+    """The size of an open file, and when it was last changed."""
+    stat = os.fstat(number)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def open_part(path: Path, dtype: str) -> Part:
+    """Open a file of ids: raw ones of this dtype, or a .npy, which says its own."""
+    with open_file(path) as file:
+        kind, offset = npy_header(file, path) if path.suffix == ".npy" else (np.dtype(dtype).newbyteorder("<"), 0)
+        number = os.dup(file.fileno())
+    state = state_of(number)
+    size, width = state[0] - offset, kind.itemsize
+    try:
+        check("size", f"{state[0]} bytes", size > 0, "at least one id", path)
+        check(
+            "size", f"{size} bytes of ids", size % width == 0, f"a multiple of {width}, as they are {kind.name}", path
+        )
+    except LlamaError:
+        os.close(number)
+        raise
+    return Part(path, number, kind, offset, size // width, state)
+
+
+def npy_header(file: BinaryIO, path: Path) -> tuple[Any, int]:
+    """The dtype of a .npy, and where its data begin."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except (ValueError, OSError) as error:
+        raise LlamaError(path, "contents", "no header of numpy's", "a .npy, version 1 or 2") from error
+    check("dtype", f"{dtype} with {len(shape)} axes", dtype.kind in "iu" and len(shape) == 1, "integers in a row", path)
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    need = shape[0] * dtype.itemsize
+    check("size", f"{left} bytes of ids", left == need, f"{need}, as its header says", path)
+    return dtype, file.tell()
