@@ -120,11 +120,6 @@ def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments"
     return ids.astype(np.int32)
 
 
-def is_traced(*arrays: object) -> bool:
-    """Whether values are unknown yet, as inside `jit` and `vmap`, where nothing can be refused for its value."""
-    return any(isinstance(array, Tracer) for array in arrays)
-
-
 # ---- 2. Nouns: the configuration, the parameters, the cache ----------------------------------------------------------
 class RopeScaling(NamedTuple):
     """How rotary frequencies are slowed for contexts longer than the training context: see `rope_frequencies`."""
@@ -235,6 +230,7 @@ class Cache(NamedTuple):
 
 Caches = tuple[Cache, ...] | Cache  # of all layers, in a tuple or stacked as their blocks are
 Position = Int[Array, ""] | int
+Firsts = Int[Array, " seq"] | int  # the first position that each token sees: in a packed row, its document's first
 Number = float | int | Float[Array, ""] | Int[Array, ""]
 
 
@@ -283,7 +279,6 @@ def check_params(params: Params, config: Config, file: object = "params") -> Non
 
 
 # ---- 3. Functions of one vector --------------------------------------------------------------------------------------
-
 BLOCK = 256  # keys per iteration of `attend`; half that for a single token, which then reads fewer unused positions
 
 
@@ -349,11 +344,11 @@ def softmax(scores: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def attend(
     q: Float[Array, " head_dim"], keys: Float[Array, "ctx head_dim"], values: Float[Array, "ctx head_dim"],
-    position: Position, filled: Position | None = None, size: int = BLOCK,
+    position: Position, first: Position = 0, filled: Position | None = None, size: int = BLOCK,
 ) -> Float[Array, " head_dim"]:  # fmt: skip
     """Average the values up to the query's position, weighted by how well their keys match the query.
 
-        softmax(q Kᵀ / √d) V,  over the keys at positions ≤ the query's
+        softmax(q Kᵀ / √d) V,  over the keys at positions first … position
 
     Vaswani et al. 2017, arXiv:1706.03762, eq. (1), as an online softmax over blocks of `size` keys: Milakov &
     Gimelshein 2018, arXiv:1805.02867, alg. 3; Rabe & Staats 2021, arXiv:2112.05682, §2. Only positions below `filled`
@@ -363,18 +358,19 @@ def attend(
 
     def fold(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = state
-        first = jnp.minimum(i * size, ctx - size)  # the last block may overlap the one before
-        at = first + jnp.arange(size)
-        k, v = (wide(lax.dynamic_slice_in_dim(rows, first, size)) for rows in (keys, values))
-        scores = jnp.where((i * size <= at) & (at <= position), wide(q) / math.sqrt(head_dim) @ k.T, -jnp.inf)
+        begin = jnp.minimum(i * size, ctx - size)  # the last block may overlap the one before
+        at = begin + jnp.arange(size)
+        k, v = (wide(lax.dynamic_slice_in_dim(rows, begin, size)) for rows in (keys, values))
+        seen = (jnp.maximum(i * size, first) <= at) & (at <= position)
+        scores = jnp.where(seen, wide(q) / math.sqrt(head_dim) @ k.T, -jnp.inf)
         # Any shift near the maximum cancels. `ceil` has zero derivative, so autodiff treats it as a constant.
         new_top = jnp.ceil(jnp.maximum(top, scores.max()))
         kept, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top)
         return new_top, kept * total + weights.sum(), kept * mixed + weights @ v
 
-    zero = jnp.zeros_like(wide(q))
+    zero, least = jnp.zeros_like(wide(q)), float(jnp.finfo(wide(q).dtype).min)  # not −∞: ∞ − ∞ is NaN
     blocks = ((ctx if filled is None else filled) + size - 1) // size
-    _, total, mixed = lax.fori_loop(0, blocks, jax.checkpoint(fold), (zero[0] - jnp.inf, zero[0], zero))
+    _, total, mixed = lax.fori_loop(0, blocks, jax.checkpoint(fold), (zero[0] + least, zero[0], zero))
     return (mixed / total).astype(q.dtype)
 
 
@@ -394,9 +390,9 @@ def swiglu(
 # ---- 4. Assembly -----------------------------------------------------------------------------------------------------
 def attention(
     w: Attention, x: Float[Array, "seq dim"], angles: Float[Array, "seq pairs"], cache: Cache, start: Position,
-    config: Config,
+    config: Config, first: Firsts = 0,
 ) -> tuple[Float[Array, "seq dim"], Cache]:  # fmt: skip
-    """Each token attends to itself and those before it, with every query head; W_O mixes the results.
+    """Each token attends to those from `first` up to itself, with every query head; W_O mixes the results.
 
         headₕ = attend(R W_Qʰ x, R W_K x, W_V x),  y = W_O [head₁; …; headₙ]
 
@@ -410,10 +406,10 @@ def attention(
 
     def group(w_q: Float[Array, "q_per_kv head_dim dim"], keys: Array, values: Array) -> Array:
         def head(w_q: Float[Array, "head_dim dim"]) -> Float[Array, "seq head_dim"]:
-            def token(x: Float[Array, " dim"], angles: Float[Array, " pairs"], position: Int[Array, ""]) -> Array:
-                return attend(sharpness * rope(w_q @ x, angles), keys, values, position, start + len(positions), size)
+            def token(x: Float[Array, " dim"], angles: Float[Array, " pairs"], at: Position, first: Position) -> Array:
+                return attend(sharpness * rope(w_q @ x, angles), keys, values, at, first, start + len(positions), size)
 
-            return vmap(token)(x, angles, positions)
+            return vmap(token)(x, angles, positions, jnp.broadcast_to(first, len(positions)))
 
         return vmap(head)(w_q)
 
@@ -425,13 +421,13 @@ def attention(
 
 def block(
     w: Block, x: Float[Array, "seq dim"], angles: Float[Array, "seq pairs"], cache: Cache, start: Position,
-    config: Config,
+    config: Config, first: Firsts = 0,
 ) -> tuple[Float[Array, "seq dim"], Cache]:  # fmt: skip
     """One layer: x + attention(norm(x)), then x + swiglu(norm(x)).
 
     Touvron et al. 2023, arXiv:2302.13971, §2.2; norms first, as in Xiong et al. 2020, arXiv:2002.04745, fig. 1(b)."""
     normed = vmap(lambda x: rms_norm(x, w.attn_norm, config.eps))(x)
-    answer, cache = attention(w.attn, normed, angles, cache, start, config)
+    answer, cache = attention(w.attn, normed, angles, cache, start, config, first)
     x = x + answer
     return x + vmap(lambda x: swiglu(rms_norm(x, w.ffn_norm, config.eps), *w.ffn))(x), cache
 
@@ -462,11 +458,12 @@ KEEP = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "nothi
 
 
 def hidden_states(
-    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config, keep: str = "dots"
-) -> tuple[Float[Array, "seq dim"], Caches]:
+    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config, keep: str = "dots",
+    first: Firsts = 0,
+) -> tuple[Float[Array, "seq dim"], Caches]:  # fmt: skip
     """The output of the last layer for tokens at positions start, start + 1, …: `llama` without its `readout`."""
     x, angles = embed_tokens(params, tokens, start, config)
-    layer = jax.checkpoint(lambda x, w, cache: block(w, x, angles, cache, start, config), policy=KEEP[keep])
+    layer = jax.checkpoint(lambda x, w, cache: block(w, x, angles, cache, start, config, first), policy=KEEP[keep])
     return fold_layers(layer, x, params.blocks, cache)
 
 
@@ -477,26 +474,29 @@ def readout(params: Params, x: Float[Array, " dim"], config: Config) -> Float[Ar
 
 
 def llama(
-    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config, keep: str = "dots"
-) -> tuple[Float[Array, "seq vocab"], Caches]:
+    params: Params, tokens: Int[Array, " seq"], cache: Caches, start: Position, config: Config, keep: str = "dots",
+    first: Firsts = 0,
+) -> tuple[Float[Array, "seq vocab"], Caches]:  # fmt: skip
     """The model: the logits after each of the tokens at positions start, start + 1, …, and the cache with them added.
 
     With a static `start` the result is differentiable; with an array, such as `jit` makes of an argument, it is not,
     and reads only what is filled. Under `jit`, where nothing can raise, ids must be valid and the cache have room."""
-    if not is_traced(tokens, start):
+    if not isinstance(tokens, Tracer) and not isinstance(start, Tracer):
         check_params(params, config)
         tokens = jnp.asarray(check_tokens(tokens, config.vocab, config.ctx - int(start)))
         room, end = jax.tree.leaves(cache)[0].shape[-2], len(tokens) + int(start)
         check("cache", f"{room} positions", end <= room, f"at least {end}")
-    x, cache = hidden_states(params, tokens, cache, start, config, keep)
+    x, cache = hidden_states(params, tokens, cache, start, config, keep, first)
     return vmap(lambda x: readout(params, x, config))(x), cache
 
 
-def logits(params: Params, tokens: Int[Array, " seq"], config: Config, keep: str = "dots") -> Float[Array, "seq vocab"]:
+def logits(
+    params: Params, tokens: Int[Array, " seq"], config: Config, keep: str = "dots", first: Firsts = 0
+) -> Float[Array, "seq vocab"]:
     """`llama` from position 0, without the cache."""
     caches = empty_cache(config, np.size(tokens), params.embed.dtype)
     cache = vmap(lambda _: caches[0])(params.blocks.attn_norm) if isinstance(params.blocks, Block) else caches
-    return llama(params, tokens, cache, 0, config, keep)[0]
+    return llama(params, tokens, cache, 0, config, keep, first)[0]
 
 
 # ---- 5. Initialisation -----------------------------------------------------------------------------------------------
@@ -512,53 +512,54 @@ def init(rng: Key[Array, ""], config: Config) -> Params:
         σ = 0.02 / math.sqrt(2 * config.layers) if path[-1].name in ("o", "down") else 0.02
         return σ * jax.random.normal(rng, leaf.shape, leaf.dtype)
 
-    leaves, tree = jax.tree.flatten_with_path(shapes(config))
-    rngs = jax.random.split(rng, len(leaves))
-    return tree.unflatten([draw(*leaf, own) for leaf, own in zip(leaves, rngs, strict=True)])
+    tree = jax.tree.structure(wanted := shapes(config))
+    return jax.tree.map_with_path(draw, wanted, tree.unflatten(jax.random.split(rng, tree.num_leaves)))
 
 
 # ---- 6. Learning -----------------------------------------------------------------------------------------------------
 def loss(
     params: Params, tokens: Int[Array, "*batch seq"], targets: Int[Array, "*batch seq"], config: Config,
-    keep: str = "dots", dtype: Any = None,
+    keep: str = "dots", dtype: Any = None, first: Int[Array, "*batch seq"] | int = 0,
 ) -> Float[Array, ""]:  # fmt: skip
     """Mean cross-entropy in nats: −¹⁄ₙ Σ log softmax(logits)ₜ over the n targets t that are not negative.
 
     Negative targets (−1 by convention) are ignored; where all are, the loss is 0. Shannon 1948, §6, with the model's
-    probabilities inside the logarithm. `keep` is a name in `KEEP`. `dtype` is that of the arithmetic: parameters are
-    cast to it, and their gradients have the dtype of these master weights."""
-    if not is_traced(tokens, targets):
+    probabilities inside the logarithm. `keep` is a name in `KEEP`; `dtype` is that of the arithmetic, to which these
+    master weights are cast. Documents packed into a row do not see each other: each token's begins at `first`."""
+    if not isinstance(tokens, Tracer) and not isinstance(targets, Tracer):
         tokens, targets = cast(Any, np.asarray(tokens)), cast(Any, np.asarray(targets))
         check("targets", targets.shape, targets.shape == tokens.shape, f"{tokens.shape}, as tokens")
-        fits = tokens.ndim > 0 and 0 < tokens.shape[-1] <= config.ctx
-        check("tokens", tokens.shape, fits, f"rows of 1 to {config.ctx}")
+        check("tokens", tokens.shape, (0,) < tokens.shape[-1:] <= (config.ctx,), f"rows of 1 to {config.ctx}")
+        check("first", "a later token", not np.any(np.asarray(first) > np.arange(tokens.shape[-1])), "no later one")
         for ids, what in ((tokens, "arguments"), (np.maximum(targets, 0), "targets")):
             check_tokens(ids.ravel(), config.vocab, ids.size, what)
     params = jax.tree.map(lambda w: w.astype(dtype or w.dtype), params)
-    rows = vmap(lambda tokens: logits(params, tokens, config, keep))(tokens.reshape(-1, tokens.shape[-1]))
+    split = [ids.reshape(-1, tokens.shape[-1]) for ids in (tokens, jnp.broadcast_to(first, tokens.shape))]
+    rows = vmap(lambda tokens, first: logits(params, tokens, config, keep, first))(*split)
     scores = wide(rows).reshape(-1, config.vocab)
     target, counts = targets.reshape(-1, 1), targets.reshape(-1) >= 0
     chosen = jnp.take_along_axis(scores, jnp.maximum(target, 0), axis=-1)[:, 0]
-    surprise = jnp.where(counts, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
-    return surprise.sum() / jnp.maximum(counts.sum(), 1).astype(surprise.dtype)
+    surprise = jnp.where(counts, jax.nn.logsumexp(scores, axis=-1) - chosen, 0).sum()
+    return surprise / jnp.maximum(counts.sum(), 1).astype(surprise.dtype)
 
 
 def accumulate(
     objective: Callable[..., Array], params: Any, tokens: Int[Array, "micro batch seq"],
-    targets: Int[Array, "micro batch seq"],
+    targets: Int[Array, "micro batch seq"], *more: Int[Array, "micro batch seq"],
 ) -> tuple[Float[Array, ""], Any]:  # fmt: skip
     """The loss of all micro-batches and its gradient, Σ nᵢ/n ∇lossᵢ, where batch i has nᵢ of the n targets.
 
-    `objective(params, tokens, targets)` is the loss of one, such as `partial(loss, config=config)`. A mean of means
-    would weight the targets of sparse batches more. One micro-batch is in memory at a time."""
+    `objective(params, tokens, targets, *more)` is the loss of one, such as `partial(loss, config=config)`. A mean of
+    means would weight the targets of sparse batches more. One micro-batch is in memory at a time."""
     counts, value_and_grad = (targets >= 0).sum(axis=(1, 2)), jax.value_and_grad(objective)
+    rows = (tokens, targets, *more)
 
-    def add(sums: Any, micro: tuple[Array, Array, Array]) -> tuple[Any, None]:
+    def add(sums: Any, micro: tuple[Array, ...]) -> tuple[Any, None]:
         share, parts = micro[0], value_and_grad(params, *micro[1:])
         return jax.tree.map(lambda sum, part: sum + share.astype(part.dtype) * part, sums, parts), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, tokens[0], targets[0]))
-    return lax.scan(add, zeros, (counts / jnp.maximum(counts.sum(), 1), tokens, targets))[0]
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, *(ids[0] for ids in rows)))
+    return lax.scan(add, zeros, (counts / jnp.maximum(counts.sum(), 1), *rows))[0]
 
 
 def clip(gradients: Any, limit: float) -> tuple[Any, Float[Array, ""]]:
@@ -777,7 +778,6 @@ def choose(
 
 
 # ---- 8. Devices ------------------------------------------------------------------------------------------------------
-
 # The mesh axis over which an axis of a parameter is split. "tensor" divides each product of a layer, Shoeybi et al.
 # 2019, arXiv:1909.08053, §3; "fsdp" stores each matrix in parts, Rajbhandari et al. 2019, arXiv:1910.02054, §5 (ZeRO).
 RULES = {"vocab": "tensor", "kv_heads": "tensor", "hidden_dim": "tensor", "dim": "fsdp"}

@@ -118,6 +118,7 @@ FUNCTIONS = {
     if function.__module__ == ll.__name__ and 3 <= part_of(inspect.unwrap(function).__code__.co_firstlineno) <= 7
 }
 NUMBERS = {"return", "start", "filled", "target", "penalty", "t", "k", "p", "rate"}  # which may be plain ones
+MORE = "more"  # the name of arguments that have only positions
 WITHOUT_ARRAYS = {"rope_frequencies", "bisect", "clip", "moments", "adapt", "learning_rate"}  # some have trees of them
 
 
@@ -157,6 +158,7 @@ def arguments(name: str) -> dict[str, Any]:
     w = blocks[0].attn if name == "attention" else blocks[0]
     cache = caches[0] if name in ("attention", "block") else caches
     known = {
+        "first": 0 if name == "attend" else jnp.zeros(sizes["seq"], jnp.int32),
         "w": w, "params": params, "config": SMALL, "cache": cache, "start": jnp.array(0), "eps": 1e-5,
         "position": jnp.array(3), "filled": None, "size": 4, "rng": jax.random.key(0), "blocks": blocks,
         "layer": lambda x, w, cache: (x, cache), "target": 3, "penalty": 1.5, "t": 0.5, "k": 3, "p": 0.5,
@@ -172,7 +174,7 @@ def arguments(name: str) -> dict[str, Any]:
         kind = jnp.int32 if "Int[" in repr(annotation) else bool if "Bool[" in repr(annotation) else jnp.float32
         return jnp.ones([sizes[axis] for axis in names if axis[0] != "*"] or [2, 3], kind)
 
-    return {p: value(p, a) for p, a in hints(FUNCTIONS[name]).items() if p != "return"}
+    return {p: value(p, a) for p, a in hints(FUNCTIONS[name]).items() if p not in ("return", MORE)}
 
 
 def wrong_axes() -> Iterator[tuple[str, str, int | None]]:
@@ -180,7 +182,7 @@ def wrong_axes() -> Iterator[tuple[str, str, int | None]]:
     for name in sorted(set(FUNCTIONS) - WITHOUT_ARRAYS - {"wide"}):
         found = {p: a for p, annotation in hints(FUNCTIONS[name]).items() if (a := axes(annotation)) is not None}
         for parameter, names in found.items():
-            if parameter in NUMBERS or names[:1] == ["*batch"]:
+            if parameter in (*NUMBERS, MORE) or names[:1] == ["*batch"]:
                 continue
             yield name, parameter, None
             for i, axis in enumerate(names):

@@ -91,8 +91,9 @@ def plain_softmax(scores: Vector) -> Vector:
     return weights / weights.sum()
 
 
-def plain_attend(q: Vector, keys: Vector, values: Vector, position: int) -> Vector:
-    return plain_softmax(keys[: position + 1] @ q / math.sqrt(len(q))) @ values[: position + 1]
+def plain_attend(q: Vector, keys: Vector, values: Vector, position: int, first: int = 0) -> Vector:
+    seen = slice(first, position + 1)
+    return plain_softmax(keys[seen] @ q / math.sqrt(len(q))) @ values[seen]
 
 
 def plain_attend_gradient(
@@ -390,6 +391,27 @@ def test_attend(ctx: int) -> None:
             assert_close(filled(unread[0], unread[1], unread[2]), want, 1e-5, f"filled to {position}")
             few = filled(unread[0], jnp.array(keys), jnp.array(values), size=37)
             assert_close(few, want, 1e-5, f"37 keys at a time, filled to {position}")
+
+
+@pytest.mark.parametrize("first", [0, 1, 36, 37, 90])
+def test_attend_from_a_first_key(first: int) -> None:
+    """Up to two blocks of 37 hold no key that the query sees; value and gradient, which are those of the others."""
+    position, args = 90, draw((6,), (100, 6), (100, 6))
+    want = plain_attend(*args, position=position, first=first)
+
+    def head(*args: jax.Array) -> jax.Array:
+        return attend(*args, position=position, first=first, size=37)
+
+    def head_alone(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        return attend(q, keys[first:], values[first:], position - first)
+
+    out, pull = jax.vjp(head, *(given := [jnp.array(arg, jnp.float32) for arg in args]))
+    alone, pull_alone = jax.vjp(head_alone, *given)
+    assert_close(out, want, 1e-5)
+    assert_close(alone, want, 1e-5)
+    assert_close(pull(jnp.ones(6)), pull_alone(jnp.ones(6)), 5e-5)
+    other = [given[0], *(rows.at[:first].set(9.0) for rows in given[1:])]
+    assert (jit(head)(*other) == jit(head)(*given)).all()
 
 
 def test_attend_is_causal() -> None:

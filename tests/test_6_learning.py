@@ -188,6 +188,48 @@ def test_micro_batches_equal_the_whole_batch() -> None:
     assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
 
 
+LENGTHS = (6, 1, 6)  # of documents, side by side in a row
+
+
+def packed(seed: int) -> list[jax.Array]:
+    """The documents in one row; each one's last target is ignored, and `first` is where it begins."""
+    tokens = np.random.default_rng(seed).integers(SMALL.vocab, size=sum(LENGTHS))
+    targets, ends = np.roll(tokens, -1), np.cumsum(LENGTHS)
+    targets[ends - 1] = -1
+    return [jnp.array(row[None], jnp.int32) for row in (tokens, targets, np.repeat(ends - LENGTHS, LENGTHS))]
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    """The others' logits keep their bits when one changes, and the loss is that of each document alone."""
+    run = jit(lambda tokens, first: logits(PARAMS, tokens, SMALL, first=first))
+    (tokens,), (targets,), (first,) = packed(0)
+    other = jnp.where(first == 0, (tokens + 1) % SMALL.vocab, tokens)
+    before, after = run(tokens, first), run(other, first)
+    assert (before == after)[first != 0].all() and (before != after)[first == 0].any(axis=-1).all()
+    value_and_grad = jit(jax.value_and_grad(partial(loss, config=SMALL)))
+    together = value_and_grad(PARAMS, tokens, targets, first=first)
+    begins, solo = np.cumsum(LENGTHS) - LENGTHS, []
+    for begin, length in zip(begins, LENGTHS, strict=True):
+        own = slice(begin, begin + length)
+        solo.append(jax.tree.map(lambda x, n=length: (n - 1) * x, value_and_grad(PARAMS, tokens[own], targets[own])))
+    mean = jax.tree.map(lambda *parts: sum(parts) / (sum(LENGTHS) - len(LENGTHS)), *solo)
+    assert_close(together, mean, 5e-6)
+
+
+def test_packed_rows_accumulate() -> None:
+    objective = lambda params, tokens, targets, first: loss(params, tokens, targets, SMALL, first=first)  # noqa: E731
+    rows = [jnp.stack(pair) for pair in zip(packed(0), packed(1), strict=True)]
+    whole = jit(jax.value_and_grad(objective))(PARAMS, *(row[:, 0] for row in rows))
+    assert_close(jit(partial(accumulate, objective))(PARAMS, *rows), whole, 1e-5)
+
+
+def test_a_document_that_begins_after_its_token_is_refused() -> None:
+    tokens, targets, first = packed(0)
+    with pytest.raises(LlamaError) as caught:
+        loss(PARAMS, tokens, targets, SMALL, first=first + 1)
+    assert caught.value.field == "first"
+
+
 def drawn(seed: int, like: Any, size: float = 1) -> Any:
     """A tree of normally distributed arrays."""
     rng = np.random.default_rng(seed)
