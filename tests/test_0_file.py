@@ -158,7 +158,7 @@ def arguments(name: str) -> dict[str, Any]:
     w = blocks[0].attn if name == "attention" else blocks[0]
     cache = caches[0] if name in ("attention", "block") else caches
     known = {
-        "first": 0 if name == "attend" else jnp.zeros(sizes["seq"], jnp.int32),
+        "first": jnp.zeros(() if name == "attend" else sizes["seq"], jnp.int32),
         "w": w, "params": params, "config": SMALL, "cache": cache, "start": jnp.array(0), "eps": 1e-5,
         "position": jnp.array(3), "filled": None, "size": 4, "rng": jax.random.key(0), "blocks": blocks,
         "layer": lambda x, w, cache: (x, cache), "target": 3, "penalty": 1.5, "t": 0.5, "k": 3, "p": 0.5,
