@@ -1,6 +1,5 @@
 """Corpora: the files that paths stand for, and the texts in them, read in blocks."""
 
-import os
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -14,21 +13,27 @@ from .strict_json import read_json
 
 BLOCK = 2**20  # characters that are read, and encoded, at once
 TEXTS, TOKENS = (".txt", ".jsonl"), (".bin", ".npy")  # what a folder is searched for
+IDS, DESCRIPTION = "tokens.bin", "data.json"  # of a folder that holds the tokens of texts
 STANDARD_LIBRARY = 2**22  # bytes of its source that serve as a corpus
 
 
 def corpus_files(paths: Sequence[str], suffixes: Sequence[str] = (*TEXTS, *TOKENS)) -> list[Path]:
-    """The files that paths stand for: themselves, and those in folders by name. A folder's texts go before its tokens.
+    """The files that paths stand for: themselves, and those in folders, by name. Texts in a folder go before tokens.
 
     No paths stand for the source of Python's standard library.
     """
     found = list[Path]()
     for path in map(Path, paths):
+        check("path", "a NUL character", "\0" not in str(path), "a name without", path)
         try:
-            inside = sorted(file for file in path.rglob("*") if file.suffix in suffixes) if path.is_dir() else [path]
-        except (OSError, ValueError) as error:
-            raise LlamaError(path, "path", error, "a file or a folder that can be read") from error
-        check("path", "no files", bool(inside), f"a folder with files named *{' or *'.join(suffixes)}", path)
+            if not path.is_dir():
+                found.append(path)
+                continue
+            inside = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+            inside = [path / IDS] if (path / DESCRIPTION).exists() and path / IDS in inside else inside
+        except OSError as error:
+            raise LlamaError(path, "path", error.strerror, "a folder that can be read") from error
+        check("path", "no files", bool(inside), f"files named *{' or *'.join(suffixes)}", path)
         found += [file for file in inside if file.suffix not in TOKENS] or inside
     return found or standard_library()
 
@@ -89,6 +94,11 @@ def read_documents(path: Path, separators: Sequence[str]) -> Iterator[tuple[str,
     yield rest, True
 
 
+def is_records(path: Path) -> bool:
+    """Whether a file is one of JSON lines, by its name."""
+    return path.suffix == ".jsonl"
+
+
 def read_records(path: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:
     """The lines of a JSON lines file, by file and number: each a text, or the messages of a conversation."""
     number = 0
@@ -123,13 +133,8 @@ def as_messages(value: Any, where: str) -> list[dict[str, Any]]:
 def read_texts(paths: Sequence[Path]) -> Iterator[str]:
     """All the texts of files, in blocks; of a JSON lines file, what its lines say."""
     for path in paths:
-        if path.suffix != ".jsonl":
+        if not is_records(path):
             yield from read_blocks(path)
             continue
         for _, record in read_records(path):
             yield record if isinstance(record, str) else "\n".join(message["content"] for message in record)
-
-
-def size_of(paths: Sequence[Path]) -> int:
-    """The bytes of files."""
-    return sum(os.path.getsize(path) for path in paths)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,6 +30,8 @@ class Writer:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype, self.count, self.digest = path, np.dtype(dtype).newbyteorder("<"), 0, hashlib.sha256()
+        for abandoned in path.parent.glob(f".{path.name}.part*"):  # by a process that was killed
+            abandoned.unlink()
         self.part = path.with_name(f".{path.name}.part{os.getpid()}")
         self.file = self.part.open("wb")
 
@@ -87,6 +89,10 @@ class Tokens:
             start, size = start + len(ids), size - len(ids)
         return (found[0] if len(found) == 1 else np.concatenate(found)).astype(np.int32)
 
+    def blocks(self) -> Iterator[tuple[int, Int[np.ndarray, " seq"]]]:
+        """All ids, in blocks, each with the place of its first."""
+        return ((at, self.read(at, min(BLOCK, self.count - at))) for at in range(0, self.count, BLOCK))
+
     def digest(self) -> str:
         """The SHA-256 of all the ids as they lie in the files. Every id is checked on the way."""
         digest = hashlib.sha256()
@@ -132,9 +138,10 @@ def open_part(path: Path, dtype: str) -> Part:
     size, width = state[0] - offset, kind.itemsize
     try:
         check("size", f"{state[0]} bytes", size > 0, "at least one id", path)
-        check(
-            "size", f"{size} bytes of ids", size % width == 0, f"a multiple of {width}, as they are {kind.name}", path
-        )
+        check("size", f"{size} bytes of ids", size % width == 0, f"a multiple of {width}, for {kind.name}", path)
+        head = np.frombuffer(os.pread(number, min(size, 2**16), offset), kind)
+        wider = width == 2 and len(head) >= 16 and not head[1::2].any()
+        check("dtype", "a zero after every id, as in wider ones", not wider, f"{kind.name}, or a .npy", path)
     except LlamaError:
         os.close(number)
         raise

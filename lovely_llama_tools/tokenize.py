@@ -9,13 +9,12 @@ from typing import Any
 
 from lovely_llama import LlamaError, check
 
+from .corpora import TEXTS, corpus_files, read_texts
 from .files import checkpoint, default_model, publish
 from .options import Arguments, add_command, whole
 from .tokens import Tokenizer, check_text, folder_tokenizer, tokenizer_bin, tokenizer_files
 from .tokens.folders import CONFIG, SOURCES
 from .tokens.training import train_bpe, train_characters, train_sentencepiece
-
-BLOCK = 2**20  # characters of a corpus that are read at once
 
 
 def add(commands: Any) -> None:
@@ -23,7 +22,9 @@ def add(commands: Any) -> None:
     command = add_command(commands, "tokenize", "train a tokenizer, or show the tokens of a text", train)
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Arguments)
     action = add_command(actions, "train", "learn a tokenizer from texts, and write it into a folder", train)
-    action.add_argument("corpus", metavar="CORPUS", nargs="+", help="text files, or folders of files named *.txt")
+    action.add_argument(
+        "corpus", metavar="CORPUS", nargs="+", help="text files, JSON lines, or folders of *.txt and *.jsonl"
+    )
     action.add_argument("--kind", choices=("bpe", "sentencepiece", "chars"), default="bpe", help="(default: bpe)")
     action.add_argument("--vocab", type=whole, metavar="N", help="number of tokens (chars: those that occur)")
     action.add_argument("--out", required=True, metavar="FOLDER", help="where it goes; beside a model, load finds it")
@@ -35,25 +36,9 @@ def add(commands: Any) -> None:
     action.add_argument("--special", action="store_true", help="names of special tokens in TEXT mean those tokens")
 
 
-def read_corpus(paths: list[str]) -> Iterator[str]:
-    """The texts of files, and of the *.txt in folders, by name, in blocks of whole lines."""
-    files = [file for path in map(Path, paths) for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
-    check("corpus", "no files", bool(files), "text files, or folders with files named *.txt")
-    for path in files:
-        try:
-            check("path", "no regular file", path.is_file(), "a text file", path)
-            with open(path, encoding="utf-8", newline="") as file:
-                while lines := file.readlines(BLOCK):
-                    yield "".join(lines)
-        except UnicodeDecodeError as error:
-            raise LlamaError(path, "text", "bytes that are not UTF-8", "UTF-8") from error
-        except OSError as error:
-            raise LlamaError(path, "path", error.strerror, "a file that can be read") from error
-
-
 def train(args: argparse.Namespace) -> None:
     """Learn a tokenizer, and write it: over nothing unless forced, and then in place of every tokenizer there."""
-    out, corpus = Path(args.out), read_corpus(args.corpus)
+    out, corpus = Path(args.out), read_texts(corpus_files(args.corpus, TEXTS))
     check("vocab", "nothing", args.vocab is not None or args.kind == "chars", "a number of tokens")
     there = [name for name in (*SOURCES, CONFIG) if (out / name).exists()]
     check("path", f"a folder with a {' and a '.join(there)}", args.force or not there, "one without, or --force", out)

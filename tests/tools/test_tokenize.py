@@ -138,7 +138,7 @@ def test_a_corpus_that_is_none_is_refused(tmp_path: Path, run: Run, content: byt
 
 
 def test_an_empty_folder_and_no_vocab_are_refused(tmp_path: Path, run: Run) -> None:
-    assert "corpus: got no files" in run("train", tmp_path, "--vocab", 300, "--out", tmp_path, status=2)
+    assert "path: got no files" in run("train", tmp_path, "--vocab", 300, "--out", tmp_path, status=2)
     assert "vocab: got nothing" in run("train", ROOT / "README.md", "--out", tmp_path, status=2)
     os.close(os.open(tmp_path / "file", os.O_CREAT))
     line = run("train", ROOT / "README.md", "--vocab", 300, "--out", tmp_path / "file", status=2)
