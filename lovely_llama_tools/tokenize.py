@@ -22,9 +22,7 @@ def add(commands: Any) -> None:
     command = add_command(commands, "tokenize", "train a tokenizer, or show the tokens of a text", train)
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Arguments)
     action = add_command(actions, "train", "learn a tokenizer from texts, and write it into a folder", train)
-    action.add_argument(
-        "corpus", metavar="CORPUS", nargs="+", help="text files, JSON lines, or folders of *.txt and *.jsonl"
-    )
+    action.add_argument("corpus", metavar="CORPUS", nargs="+", help="text files, JSON lines, or folders of both")
     action.add_argument("--kind", choices=("bpe", "sentencepiece", "chars"), default="bpe", help="(default: bpe)")
     action.add_argument("--vocab", type=whole, metavar="N", help="number of tokens (chars: those that occur)")
     action.add_argument("--out", required=True, metavar="FOLDER", help="where it goes; beside a model, load finds it")
