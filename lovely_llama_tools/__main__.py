@@ -1,6 +1,6 @@
-"""The command line as a process: Ctrl-C, streams that are closed or ASCII, and compiled programs that are kept.
+"""The command line as a process: signals, streams that are closed or ASCII, and compiled programs that are kept.
 
-Until Ctrl-C is taken care of, nothing is imported that takes time.
+Until signals are taken care of, nothing is imported that takes time.
 """
 
 import os
@@ -10,11 +10,13 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
+from .interrupts import SIGNALS, taken
+
 PROGRAMS = 2**28  # bytes of compiled programs that are kept; the least recently used go first
 
 
 def leave_on_interrupt() -> None:
-    """Exit with 130 on Ctrl-C at once, even during a compilation, unless there is an answer that it ends.
+    """Exit with 130 on Ctrl-C and 143 on SIGTERM at once, even during a compilation, unless something else ends on it.
 
     Python's own handlers wait until the compiler returns, but the signal's number is written to a pipe immediately.
     """
@@ -22,26 +24,22 @@ def leave_on_interrupt() -> None:
 
     listen, tell = os.pipe()
     os.set_blocking(tell, False)
-    signal.signal(signal.SIGINT, lambda _, __: None)
+    for number in SIGNALS:
+        signal.signal(number, lambda _, __: None)
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     terminal = termios.tcgetattr(0) if os.isatty(0) else None
     shown = os.dup(2) if cast(Any, sys.stderr) else os.open(os.devnull, os.O_WRONLY)  # while 2 itself may be redirected
 
     def wait() -> None:
-        while os.read(listen, 1)[0] != signal.SIGINT or interrupted():
+        while (number := os.read(listen, 1)[0]) not in SIGNALS or taken(number):
             pass
         if terminal:
             termios.tcsetattr(0, termios.TCSANOW, terminal)
-        os.write(shown, b"\n")
-        os._exit(130)
+        if number == signal.SIGINT:  # whose ^C a terminal shows
+            os.write(shown, b"\n")
+        os._exit(128 + number)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def interrupted() -> bool:
-    """Whether there is an answer that an interrupt ends, so that the process goes on."""
-    talk: Any = sys.modules.get("lovely_llama_tools.talk")
-    return hasattr(talk, "interrupt") and talk.interrupt()  # if it has been imported so far
 
 
 def keep_programs(folder: Path) -> None:

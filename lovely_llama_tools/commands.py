@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lovely_llama import LlamaError, __version__
 
-from . import convert, inspect, plot, talk, tokenize
+from . import convert, inspect, plot, talk, tokenize, train
 from .options import DEBUG, Arguments
 
-COMMANDS = (talk, convert, inspect, tokenize, plot)
+COMMANDS = (talk, train, plot, convert, inspect, tokenize)
 
 
 def arguments() -> Arguments:
@@ -24,11 +24,11 @@ def arguments() -> Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: 0; or 2 for bad input and 1 for a fault while running, with one line on stderr."""
+    """Run a command: its status; or 2 for bad input and 1 for a fault while running, with one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = arguments().parse_args(argv)
-        args.run(args)
+        return args.run(args) or 0
     except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:

@@ -175,7 +175,7 @@ class Generation(Iterator[Any]):
         self.session, self.prompt, self.tokens, self.reason = session, prompt, list[int](), ""
         self.cached = 0  # tokens of the prompt that were in the session's cache
         self.times: list[float] = []  # of the start and of each token
-        self._interrupted = False
+        self.interrupted = False
         tokens, tokenizer = self._choose(max_new, sampling, seed, stop), session.model.tokenizer
         self._parts = tokens if tokenizer is None else self._stream(tokens, tokenizer, stop)
 
@@ -184,7 +184,7 @@ class Generation(Iterator[Any]):
 
     def interrupt(self) -> None:
         """End before the next token. May be called from a thread or a signal handler."""
-        self._interrupted = True
+        self.interrupted = True
 
     def _choose(self, max_new: int, sampling: Sampling, seed: int, stop: Sequence[str]) -> Iterator[int]:
         """Token after token, until a stop token, `max_new` or the end of the context."""
@@ -195,8 +195,8 @@ class Generation(Iterator[Any]):
         seen = cast(Any, np.bincount(self.prompt, minlength=config.vocab) > 0)  # jit takes numpy arrays, too
         self.times = [time.perf_counter()]
         for position in range(len(self.prompt), config.ctx):
-            if len(self.tokens) == max_new or self._interrupted:
-                self.reason = "interrupted" if self._interrupted else "length"
+            if len(self.tokens) == max_new or self.interrupted:
+                self.reason = "interrupted" if self.interrupted else "length"
                 return
             logits, new = self.session._read(every)  # pyright: ignore[reportPrivateUsage]
             token, seen = choose(rng, cast(Any, np.int32(position)), logits, seen, sampling)

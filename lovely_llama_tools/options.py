@@ -32,8 +32,8 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def add_command(commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], None]) -> Arguments:
-    """Add a command to the parser's: what it does, and the function that runs it."""
+def add_command(commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int | None]) -> Arguments:
+    """Add a command to the parser's: what it does, and the function that runs it, which may return an exit status."""
     command = commands.add_parser(name, help=what, description=what + ".", allow_abbrev=False)
     command.add_argument("--debug", **DEBUG | {"default": argparse.SUPPRESS})
     command.set_defaults(run=run)

@@ -4,9 +4,11 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from .chat import chat_prompt, recent
 from .files import default_model, load
 from .formats import DTYPES, Model
 from .generate import Generation, Session, generate
+from .interrupts import ending
 from .options import add_command, number, whole
 from .tokens import check_text
 
@@ -105,14 +108,11 @@ def ids(prompt: str, path: object) -> list[int]:
     return [int(word) for word in re.findall(r"\d+", prompt)]
 
 
-ANSWERING = list[Generation]()  # the answer in a conversation on a terminal, which Ctrl-C ends
-
-
-def interrupt() -> bool:
-    """End the answer of a conversation on a terminal; False where there is none, or it was to end already."""
-    if not ANSWERING:
+def interrupts(generation: Generation, number: int) -> bool:
+    """End an answer on Ctrl-C, unless it was to end already."""
+    if number != signal.SIGINT or generation.interrupted:
         return False
-    ANSWERING.pop().interrupt()
+    generation.interrupt()
     return True
 
 
@@ -129,8 +129,8 @@ def converse(model: Model, more: "partial[Generation]", args: argparse.Namespace
                 print("note: the oldest turns no longer fit into the context, and are dropped", file=sys.stderr)
                 whole = False
             generation = more(chat_prompt(model.tokenizer, fitting), session=session)
-            ANSWERING.extend([generation] if alive else [])
-            answer = say(generation, args.quiet)
+            with ending(partial(interrupts, generation)) if alive else nullcontext():
+                answer = say(generation, args.quiet)
         except LlamaError as error:
             if not alive:
                 raise
@@ -138,8 +138,6 @@ def converse(model: Model, more: "partial[Generation]", args: argparse.Namespace
             messages.pop()
         else:
             messages = [*fitting, {"role": "assistant", "content": answer}]
-        finally:
-            ANSWERING.clear()
 
 
 def lines() -> Iterator[str]:

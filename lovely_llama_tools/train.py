@@ -1,0 +1,307 @@
+"""The command `train`: a run from its data to its last checkpoint, which may be interrupted and resumed anywhere."""
+
+import argparse
+import hashlib
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from lovely_llama import Block, Config, LlamaError, check, count, learning_rate
+
+from .data import Batch, Corpus, Split, ahead, prepare
+from .files import checkpoint, load
+from .formats import Model, check_memory
+from .generate import generate
+from .interrupts import ending
+from .journal import Journal, journal
+from .learn import (
+    Learner,
+    Recipe,
+    batch_loss,
+    beginner,
+    from_stored,
+    merged,
+    new_adapters,
+    new_params,
+    stacked,
+    step,
+    to_stored,
+    unstacked,
+)
+from .options import add_command
+from .runs import BEST, RUN, State, agree, held, keep, of_step, read_back, read_fields, steps, write_json
+from .settings import Settings, add_options, fingerprints, new_config, recipe_of, row_length, settle, versions
+from .tokens import Tokenizer, fit, folder_tokenizer
+
+DATA, ROW = "data", 3  # the folder of tokens in a run; steps in a row that may be skipped before it ends
+
+
+def add(commands: Any) -> None:
+    """Add the command and its options."""
+    command = add_command(commands, "train", "train a model on DATA, in a folder that also resumes it", train)
+    texts = "texts, .jsonl of conversations or texts, folders of them, or token files (default: Python's own library)"
+    command.add_argument("data", metavar="DATA", nargs="*", help=texts)
+    command.add_argument("--out", metavar="RUN", default="run", help="the folder of the run (default: run)")
+    again = "go on where RUN was left, with its options; or at one of its checkpoints, such as step-500"
+    command.add_argument("--resume", nargs="?", const="", metavar="STEP", help=again)
+    changed = "go on although KEY, an option or a fingerprint, is not as it was; may be given more than once"
+    command.add_argument("--allow", action="append", default=[], metavar="KEY", help=changed)
+    add_options(command)
+
+
+class Stop:
+    """Set by a signal, read between steps."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def take(self, number: int) -> bool:
+        """The first signal lets the step end; on a second the process ends."""
+        first, self.signal = not self.signal, number
+        return first
+
+
+class Run(NamedTuple):
+    """What stays the same all through a run."""
+
+    folder: Path
+    settings: Settings
+    corpus: Corpus
+    config: Config
+    recipe: Recipe
+    fingerprints: dict[str, Any]
+    stop: Stop
+    book: Journal
+
+
+def train(args: argparse.Namespace) -> int:
+    """Begin a run, or resume one. The exit status is 128 + n if signal n ended it early."""
+    folder, stop = Path(args.out), Stop()
+    settings = settle(args, {} if args.resume is None else read_fields(folder / RUN)["options"])
+    at = chosen_step(folder, args.resume)
+    with ExitStack() as stack:
+        stack.enter_context(ending(stop.take))
+        stack.enter_context(held(folder))
+        if args.resume is None:
+            check_new(folder)
+        kept = None if at is None else read_back(folder, at)
+        corpus, config, learner = prepared(folder, settings)
+        marks = fingerprints(settings, config, {**corpus.fingerprints, **base_fingerprint(learner)})
+        if kept:
+            agree(kept, marks, args.allow, lambda text: print(f"note: {text}", file=sys.stderr))
+            learner = from_stored(learner, kept.model.params, kept.arrays, kept.state.updates, config, kept.path)
+        state = kept.state if kept else State()
+        options = {"options": settings._asdict(), "config": asdict(config), "fingerprints": marks}
+        write_json(folder / RUN, {**options, "versions": versions()})
+        book = stack.enter_context(journal(folder, state, settings.steps))
+        run = Run(folder, settings, corpus, config, recipe_of(settings, config), marks, stop, book)
+        if not kept:
+            save(run, learner, state)  # which shows that it can be done
+        state = course(run, learner, state)
+        return finish(run, state)
+
+
+def chosen_step(folder: Path, resume: str | None) -> int | None:
+    """The step of the checkpoint to resume from: the one asked for, else the last; None where there is none."""
+    if resume is None:
+        return None
+    found = steps(folder)
+    names: dict[str, int | None] = {"": found[-1] if found else None, **{f"step-{n}": n for n in found}}
+    said = ", ".join(f"step-{n}" for n in found) or "no step, as there is no checkpoint"
+    check("resume", repr(resume), resume in names, f"{said}; DATA stand before --resume", folder)
+    return names[resume]
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds anything but data which an earlier start has prepared."""
+    there = sorted(path.name for path in folder.iterdir() if path.name not in (DATA, ".lock"))
+    check("path", f"a folder with {', '.join(there[:3])}", not there, "a new one, or --resume", folder)
+
+
+# ---- What a run starts from ------------------------------------------------------------------------------------------
+
+
+def prepared(folder: Path, settings: Settings) -> tuple[Corpus, Config, Learner]:
+    """The data, and a learner before its first step."""
+    base = load(settings.init_from, "float32") if settings.init_from else None
+    tokenizer = named_tokenizer(settings.tokenizer) or (base.tokenizer if base else None)
+    if base and tokenizer and not isinstance(tokenizer, str):
+        tokenizer = fit(tokenizer, base.config.vocab, settings.tokenizer or settings.init_from)
+    corpus = prepare(
+        settings.data, folder / DATA, tokenizer=tokenizer, vocab=settings.vocab,
+        seq=row_length(settings, base.config if base else None), fraction=settings.val_fraction, pack=settings.pack,
+    )  # fmt: skip
+    config = base.config if base else new_config(settings, corpus.vocab)
+    check("vocab", corpus.vocab, corpus.vocab <= config.vocab, f"at most {config.vocab}, the model's", "data")
+    check_memory(16 * count(config), "config")  # parameters, gradients, and two moments
+    rng = jax.random.key(settings.seed)
+    params = stacked(base.params) if base else new_params(rng, config)
+    if not settings.lora:
+        return corpus, config, beginner(None, params)
+    check("lora", settings.lora, settings.lora <= config.dim, f"at most the width, {config.dim}")
+    names = settings.lora_targets.split(",")
+    return corpus, config, beginner(params, new_adapters(rng, cast(Block, params.blocks), settings.lora, names))
+
+
+def named_tokenizer(path: str | None) -> Tokenizer | str | None:
+    """The tokenizer of a model or of a folder; chars and bpe are yet to be learned."""
+    if path in (None, "chars", "bpe"):
+        return path
+    tokenizer = folder_tokenizer(path) if Path(path).is_dir() else None
+    if tokenizer is None:
+        with checkpoint(path) as found:
+            tokenizer = found.tokenizer
+    if tokenizer is None:
+        raise LlamaError(path, "tokenizer", "none", "a model with one, a folder with one, chars or bpe")
+    return tokenizer
+
+
+def base_fingerprint(learner: Learner) -> dict[str, str]:
+    """The SHA-256 of the parameters that adapters belong to."""
+    if learner.base is None:
+        return {}
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(learner.base):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return {"base": digest.hexdigest()}
+
+
+# ---- The course of a run ---------------------------------------------------------------------------------------------
+
+
+def course(run: Run, learner: Learner, state: State) -> State:
+    """Step after step, up to the last, to a signal, or to where patience ends."""
+    s = run.settings
+    if state.owed and not over(run, state):
+        state = evaluated(run, learner, state, run.book.owed)
+        save(run, learner, state)
+    batches = ahead(lambda n: run.corpus.train.batch(s.seed, n, s.batch), range(state.step, s.steps))
+    for batch in () if over(run, state) else batches:
+        learner, state, row = advanced(run, learner, state, batch)
+        last = state.step == s.steps
+        if last or state.step % cast(int, s.eval_every) == 0:
+            state = evaluated(run, learner, state, row)
+        else:
+            run.book.step(row)
+        ends = over(run, state)
+        if ends or state.best_step == state.step or state.step % cast(int, s.save_every) == 0:
+            save(run, learner, state)
+        if ends:
+            break
+    return state
+
+
+def over(run: Run, state: State) -> bool:
+    """Whether a run is to end here."""
+    patience = run.settings.patience
+    tired = patience is not None and state.stale >= patience
+    return bool(run.stop.signal) or tired or (state.step >= run.settings.steps and not state.owed)
+
+
+def advanced(run: Run, learner: Learner, state: State, batch: Batch) -> tuple[Learner, State, dict[str, Any]]:
+    """One step on: the learner, the state and the line for metrics.jsonl."""
+    s, began = run.settings, time.perf_counter()
+    rate = learning_rate(state.step, s.lr, cast(int, s.warmup), s.steps, cast(float, s.final_lr))
+    rows = rows_of(batch)
+    trained, moments, report = step(
+        learner.base, learner.trained, learner.moments, cast(Any, np.float32(rate)), rows, run.recipe
+    )
+    loss, norm, good = float(report.loss), float(report.norm), bool(report.good)
+    took = time.perf_counter() - began
+    state = state._replace(
+        step=state.step + 1, updates=state.updates + good, skipped=state.skipped + (not good),
+        row=0 if good else state.row + 1,
+    )  # fmt: skip
+    if not good:
+        run.book.line(f"step {state.step}: skipped, as the loss is {loss} and the gradient's norm {norm}")
+    if state.row == ROW:
+        last = of_step(run.folder, steps(run.folder)[-1])
+        raise FloatingPointError(
+            f"{run.folder}: loss: got {loss} in {ROW} steps in a row, expected numbers; see {last}"
+        )
+    row = {"step": state.step, "train_loss": loss, "lr": rate, "grad_norm": norm}
+    return Learner(learner.base, trained, moments), state, {**row, "tokens_per_s": batch.tokens.size / took}
+
+
+def rows_of(batch: Batch) -> Any:
+    """The arrays of a batch."""
+    return tuple(ids for ids in batch if ids is not None)
+
+
+def evaluated(run: Run, learner: Learner, state: State, row: dict[str, Any]) -> State:
+    """The state after an evaluation; if a signal comes before its end, that is owed to whoever resumes."""
+    split = run.corpus.validation
+    loss = validation_loss(run, learner, split) if split else None
+    if run.stop.signal and split:
+        run.book.step(row)
+        return state._replace(owed=True)
+    state = state._replace(owed=False)
+    if loss is not None:
+        better = state.best is None or loss < state.best
+        best = {"best": loss, "best_step": state.step, "stale": 0} if better else {"stale": state.stale + 1}
+        state, row = state._replace(**best), {**row, "val_loss": loss}
+    run.book.step(row)
+    if run.settings.sample:
+        run.book.sample(state.step, sample(run, learner))
+    run.book.draw()
+    return state
+
+
+def validation_loss(run: Run, learner: Learner, split: Split) -> float:
+    """The mean loss over the validation data, or over as many batches as are asked for."""
+    total, targets = 0.0, 0
+    for batch in split.sweep(run.settings.batch, run.settings.eval_batches):
+        if run.stop.signal:
+            break
+        n = int((batch.targets >= 0).sum())
+        loss = batch_loss(learner.base, learner.trained, rows_of(batch), run.recipe)
+        total, targets = total + n * float(loss), targets + n
+    return total / max(targets, 1)
+
+
+def whole(run: Run, learner: Learner) -> Model:
+    """The model as it is now, adapters merged."""
+    tokenizer = run.corpus.tokenizer and fit(run.corpus.tokenizer, run.config.vocab, "tokenizer")
+    return Model(run.config, merged(learner.base, learner.trained, run.recipe.scale), tokenizer)
+
+
+def sample(run: Run, learner: Learner) -> str:
+    """A text of the model's: after BOS, or a newline, or token 0."""
+    model = whole(run, learner)
+    model, tokenizer = model._replace(params=unstacked(model.params)), model.tokenizer
+    start = tokenizer.begin("") if tokenizer else []
+    newlines = [i for i, piece in enumerate(tokenizer.pieces) if piece == b"\n"] if tokenizer else []
+    room = min(run.settings.sample, run.config.ctx - 1)
+    parts = list[str]()
+    for part in generate(model, start or newlines[:1] or [0], room, seed=run.settings.seed):
+        parts.append(part if isinstance(part, str) else f"{part} ")
+        if run.stop.signal:
+            break
+    return "".join(parts)
+
+
+def save(run: Run, learner: Learner, state: State) -> None:
+    """Write a checkpoint."""
+    stored = to_stored(learner, run.config)
+    keep(run.folder, whole(run, learner), stored, state, run.fingerprints, run.settings.keep)
+
+
+def finish(run: Run, state: State) -> int:
+    """Say how it ended: where it was interrupted on stderr, else the result on stdout."""
+    skipped = f", {state.skipped} skipped" if state.skipped else ""
+    if run.stop.signal and (state.step < run.settings.steps or state.owed):
+        where = of_step(run.folder, state.step)
+        run.book.line(f"interrupted after {state.step} steps{skipped}; {where} is saved, --resume goes on")
+        return 128 + run.stop.signal
+    run.book.line(f"{state.step} steps{skipped}")
+    if state.best is None:
+        print(of_step(run.folder, state.step))
+    else:
+        print(f"{run.folder / BEST}: validation loss {state.best:.4f} after {state.best_step} steps")
+    return 0
