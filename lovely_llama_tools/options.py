@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lovely_llama import LlamaError
+from lovely_llama import LlamaError, check
 
 DEBUG: dict[str, Any] = {"action": "store_true", "help": "show the traceback of an error"}
 
@@ -30,6 +30,14 @@ def whole(text: str) -> int:
     if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def ids(text: str, path: object) -> list[int]:
+    """A text of token ids, for a model without a tokenizer."""
+    expected = "a tokenizer.json, .model or .bin beside the model, or token ids in place of text, such as '1 15043'"
+    good = re.fullmatch(r"\s*\d{1,18}([\s,]+\d{1,18})*\s*", text, re.ASCII)
+    check("tokenizer", "none", bool(good), expected, path)
+    return [int(word) for word in re.findall(r"\d+", text)]
 
 
 def add_command(commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int | None]) -> Arguments:

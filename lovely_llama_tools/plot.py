@@ -1,6 +1,7 @@
 """The command `plot`: pictures of training runs, and of what is inside a model."""
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,22 +9,45 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from lovely_llama import LlamaError, check, is_number, is_whole
+from lovely_llama import CONFIGS, LlamaError, check, check_tokens, is_number, is_whole
 
 from .extras import extra
 from .figures import COLOURS, INK, check_picture, legible, new_figure, style, write_figure
-from .options import Arguments, add_command
+from .files import checkpoint, load
+from .generate import encode_prompt
+from .maps import LONGEST, attention_weights, draw_attention
+from .options import Arguments, add_command, ids
+from .rotary import draw_rope
+from .spectra import draw_spectra, spectra
 from .strict_json import read_json
+
+PUBLISHED = "llama-3.1-8b"
 
 
 def add(commands: Any) -> None:
     """Add the command, its pictures and their options."""
-    command = add_command(commands, "plot", "draw losses", losses)
+    what = "draw the losses of runs, attention maps, rotary frequencies, or the spectra of weights"
+    command = add_command(commands, "plot", what, losses)
     pictures = command.add_subparsers(dest="picture", required=True, metavar="PICTURE", parser_class=Arguments)
-    picture = add_command(pictures, "losses", "the training and validation loss of runs over their steps", losses)
-    picture.add_argument("runs", metavar="RUN", nargs="+", help="a folder that `train` wrote, or its metrics.jsonl")
-    picture.add_argument("--out", metavar="FILE", required=True, help="a new .png, .svg or .pdf")
-    picture.add_argument("--force", action="store_true", help="replace what is there")
+    made = {
+        "losses": ("the training and the validation loss of runs, over each other", losses),
+        "attention": ("which tokens of a text each head of a model attends to", attention),
+        "rope": ("wavelengths of rotary pairs under each scaling, and the decay of q·k with distance", rotations),
+        "spectra": ("the singular values of a model's matrices, layer by layer", weights),
+    }
+    own = {name: add_command(pictures, name, what, run) for name, (what, run) in made.items()}
+    own["losses"].add_argument("runs", metavar="RUN", nargs="+", help="a folder that `train` wrote, or a metrics.jsonl")
+    path = "a file, a folder, or a name on Hugging Face's hub"
+    for name in ("attention", "spectra"):
+        own[name].add_argument("model", metavar="MODEL", help=path)
+    own["attention"].add_argument("text", metavar="TEXT", help=f"a text of at most {LONGEST} tokens")
+    known = f"{path}, or of a published config (default: {PUBLISHED})"
+    own["rope"].add_argument("model", metavar="MODEL", nargs="?", default=PUBLISHED, help=known)
+    for name in ("attention", "spectra"):
+        own[name].add_argument("--layers", metavar="N,…", help="these layers alone, counted from 0 (default: all)")
+    for picture in own.values():
+        picture.add_argument("--out", metavar="FILE", required=True, help="a new .png, .svg or .pdf")
+        picture.add_argument("--force", action="store_true", help="replace what is there")
 
 
 def losses(args: argparse.Namespace) -> None:
@@ -31,6 +55,58 @@ def losses(args: argparse.Namespace) -> None:
     check_picture(args.out, args.force)
     draw_losses(args.runs, args.out)
     print(args.out)
+
+
+def attention(args: argparse.Namespace) -> None:
+    """Draw the attention maps of a model on a text."""
+    check_picture(args.out, args.force)
+    model = load(args.model)
+    chosen, config = choose_layers(args.layers, model.config.layers), model.config
+    limit = min(LONGEST, config.ctx)
+    if model.tokenizer is None:
+        tokens = ids(args.text, args.model)
+        labels = [str(token) for token in tokens]
+    else:
+        names = {i: name for name, i in model.tokenizer.specials.items()}
+        tokens = encode_prompt(model.tokenizer, args.text, limit)
+        pieces = [model.tokenizer.pieces[token].decode("utf-8", "backslashreplace") for token in tokens]
+        labels = [names.get(token, piece) for token, piece in zip(tokens, pieces, strict=True)]
+    tokens = check_tokens(tokens, config.vocab, limit, "text")
+    maps = attention_weights(model.params, tokens, config)
+    write_figure(draw_attention({i: maps[i] for i in chosen}, labels, args.text), args.out)
+    print(args.out)
+
+
+def rotations(args: argparse.Namespace) -> None:
+    """Draw what follows from a config alone."""
+    check_picture(args.out, args.force)
+    config = CONFIGS.get(args.model)
+    if config is None or Path(args.model).exists():
+        with checkpoint(args.model) as found:
+            config = found.config
+    write_figure(draw_rope(config, Path(args.model).resolve().name), args.out)
+    print(args.out)
+
+
+def weights(args: argparse.Namespace) -> None:
+    """Draw the spectra of a model's weights."""
+    check_picture(args.out, args.force)
+    model = load(args.model)
+    found = spectra(model.params, choose_layers(args.layers, model.config.layers))
+    name = f"Singular values of the matrices of {Path(args.model).resolve().name}"
+    write_figure(draw_spectra(*found, model.config, name), args.out)
+    print(args.out)
+
+
+def choose_layers(text: str | None, count: int) -> list[int]:
+    """The layers that an option names, or all of them."""
+    if text is None:
+        return [*range(count)]
+    good = re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII)
+    layers = sorted({int(digits) for digits in text.split(",")}) if good else []
+    valid = bool(layers) and layers[-1] < count
+    check("layers", repr(text), valid, f"numbers from 0 to {count - 1}, with commas between")
+    return layers
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import os
-import re
 import signal
 import stat
 import sys
@@ -12,14 +11,14 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from lovely_llama import SAMPLERS, LlamaError, Sampling, check
+from lovely_llama import SAMPLERS, LlamaError, Sampling
 
 from .chat import chat_prompt, recent
 from .files import default_model, load
 from .formats import DTYPES, Model
 from .generate import Generation, Session, generate
 from .interrupts import ending
-from .options import add_command, number, whole
+from .options import add_command, ids, number, whole
 from .tokens import check_text
 
 HELP = "/bye or Ctrl-D ends the conversation, Ctrl-C an answer, /help shows this"
@@ -98,14 +97,6 @@ def talk(args: argparse.Namespace) -> None:
         say(more(str(args.prompt) if model.tokenizer else ids(str(args.prompt), path)), args.quiet)
     else:
         converse(model, more, args)
-
-
-def ids(prompt: str, path: object) -> list[int]:
-    """A prompt of token ids, for a model without a tokenizer."""
-    expected = "a tokenizer.json, .model or .bin beside the model, or token ids as PROMPT, such as '1 15043'"
-    good = re.fullmatch(r"\s*\d{1,18}([\s,]+\d{1,18})*\s*", prompt, re.ASCII)
-    check("tokenizer", "none", bool(good), expected, path)
-    return [int(word) for word in re.findall(r"\d+", prompt)]
 
 
 def interrupts(generation: Generation, number: int) -> bool:

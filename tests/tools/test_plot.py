@@ -2,15 +2,31 @@
 
 import json
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+import torch
+from asserts import assert_close, jit
+from builders import SMALL, TINY, layers_of, random_params, tiny_arrays, tiny_fields, write_gguf
+from jax import numpy as jnp
+from jax import vmap
 from matplotlib.image import imread
+from test_4_transformers import DRAWN, our_config, ours, random_oracle, rotary
 
-from lovely_llama import LlamaError
+import lovely_llama as ll
+from lovely_llama import LlamaError, stack
+from lovely_llama_tools import to_hf
 from lovely_llama_tools.commands import main
+from lovely_llama_tools.figures import write_figure
+from lovely_llama_tools.maps import attention_weights
 from lovely_llama_tools.plot import draw_losses
+from lovely_llama_tools.rotary import products
+from lovely_llama_tools.spectra import draw_spectra, spectra
 
 
 def texts(svg: Path) -> list[str]:
@@ -98,3 +114,134 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pyt
         assert capsys.readouterr().err.startswith(f"error: {tmp_path / out}: {says}")
     assert main(["plot", "losses", str(run)]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+# ---- Attention maps --------------------------------------------------------------------------------------------------
+
+YARN = next(name for name in DRAWN if "yarn-gqa" in name)
+
+
+def test_attention_weights_are_those_of_transformers() -> None:
+    """For more tokens than a head is wide; of layers in a tuple, and stacked."""
+    oracle: Any = random_oracle(DRAWN[YARN].hf, seed=3)
+    oracle.set_attn_implementation("eager")
+    config = our_config(DRAWN[YARN].hf)
+    params = ours(dict(oracle.named_parameters()), config)
+    tokens = np.random.default_rng(0).integers(config.vocab, size=2 * config.head_dim + 5)
+    theirs = oracle(torch.tensor(tokens)[None], output_attentions=True).attentions
+    want = [w[0].detach().numpy() for w in theirs]
+    for blocks in (params.blocks, stack(layers_of(params))):
+        found = attention_weights(params._replace(blocks=blocks), tokens, config)
+        assert_close([w.reshape(-1, *w.shape[2:]) for w in found], want, 1e-5, "weights")
+
+
+def test_attention_weights_times_values_are_attention() -> None:
+    """Mixed by W_O, they give the output of the library's own `attention`."""
+    params = random_params(SMALL)
+    tokens = np.random.default_rng(1).integers(SMALL.vocab, size=23).astype(np.int32)
+    x, angles = ll.embed_tokens(params, tokens, 0, SMALL)
+    (cache,) = ll.empty_cache(replace(SMALL, layers=1), 23, jnp.float32)
+
+    @jit
+    def layer(w: ll.Block, x: jax.Array) -> tuple[jax.Array, ll.Cache, jax.Array]:
+        normed = vmap(partial(ll.rms_norm, gain=w.attn_norm, eps=SMALL.eps))(x)
+        return *ll.attention(w.attn, normed, angles, cache, 0, SMALL), ll.block(w, x, angles, cache, 0, SMALL)[0]
+
+    for w, weights in zip(layers_of(params), attention_weights(params, tokens, SMALL), strict=True):
+        want, filled, x = layer(w, x)
+        assert_close(np.einsum("gqst,gtd,ogqd->so", weights, filled.values, w.attn.o), want, 1e-5, "output")
+
+
+def test_a_picture_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each layer and a column for each head; tokens are named where they are few."""
+    model, out = write_gguf(tmp_path / "tiny.gguf", tiny_fields(), tiny_arrays()), tmp_path / "out.svg"
+    draw = ["plot", "attention", str(model), "the é$x$", "--out", str(out), "--force"]
+    assert main(draw) == 0
+    assert capsys.readouterr() == (f"{out}\n", "")
+    shown = texts(out)
+    assert [s for s in shown if s.startswith(("layer", "head"))] == [
+        *(f"head {i}" for i in range(4)), "layer 0", "layer 1",
+    ]  # fmt: skip
+    assert shown.count(" ") == 6 and shown.count("é") == 6 and shown.count("$") == 12  # in two rows and four columns
+    assert any("the é$x$" in s for s in shown)
+    assert main([*draw, "--layers", "1"]) == 0
+    assert "layer 0" not in texts(out) and "layer 1" in texts(out)
+    assert main([*draw[:3], "abcdefgh" * 5, *draw[4:]]) == 0
+    assert "a" not in texts(out)
+    for layers in ("2", "0,", "-1", "1-2", ""):
+        capsys.readouterr()
+        assert main([*draw, f"--layers={layers}"]) == 2
+        expected = "numbers from 0 to 1, with commas between"
+        assert capsys.readouterr().err == f"error: arguments: layers: got {layers!r}, expected {expected}\n"
+    assert main([*draw[:3], "a" * 65, *draw[4:]]) == 2
+    assert main([*draw[:3], "", *draw[4:]]) == 0  # BOS alone
+
+
+# ---- Rotary embeddings and spectra -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_products_decay_as_the_frequencies_say(kind: str) -> None:
+    """¹⁄ₙ Σ cos(m fᵢ), with the frequencies of transformers."""
+    hf = next(case.hf for name, case in DRAWN.items() if kind in name)
+    distances = np.array([0, 1, 7, 100, 1000])
+    want = np.cos(distances[:, None] * rotary(hf).inv_freq.numpy()).mean(axis=1)
+    assert_close(products(our_config(hf), distances), want, 1e-4, kind)
+
+
+def test_a_picture_of_rotary_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a published config, or of a file; it says which scaling is the model's own."""
+    model, out = write_gguf(tmp_path / "tiny.gguf", tiny_fields(), tiny_arrays()), tmp_path / "out.svg"
+    for arguments, own, about in (
+        ([], "llama3", "llama-3.1-8b: 64 pairs, θ = 500,000; scaled by 8"),
+        (["llama-3.2-1b"], "llama3", "llama-3.2-1b: 32 pairs, θ = 500,000; scaled by 32"),
+        ([str(model)], "none", "tiny.gguf: 4 pairs, θ = 10,000; scaled by 8"),
+    ):
+        assert main(["plot", "rope", *arguments, "--out", str(out), "--force"]) == 0
+        shown = texts(out)
+        labels = [f"{kind} (the model's)" if kind == own else kind for kind in ("none", "linear", "llama3", "yarn")]
+        assert about in shown and {*labels} <= {*shown}
+        assert "original context, 64" in shown or arguments != [str(model)]
+    capsys.readouterr()
+    assert main(["plot", "rope", "llama-9", "--out", str(out), "--force"]) == 2
+    assert capsys.readouterr().err.startswith("error: llama-9: path: got no such file")
+
+
+def test_singular_values(tmp_path: Path) -> None:
+    """Those that torch finds in the matrices of Hugging Face's layout, of each layer that is asked for."""
+    params, names = random_params(SMALL), {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"}
+    names |= {name: f"self_attn.{name}_proj" for name in "qkv"} | {"down": "mlp.down_proj"}
+    outer, kinds = spectra(params, [1])
+    theirs = {name: torch.tensor(np.asarray(array)).double() for name, array in to_hf(params, SMALL).items()}
+
+    def values(name: str) -> Any:
+        return torch.linalg.svdvals(theirs[f"{name}.weight"]).numpy()
+
+    assert {name: [*found] for name, found in kinds.items()} == {name: [1] for name in kinds}
+    assert_close({name: found[1] for name, found in kinds.items()},
+                 {name: values(f"model.layers.1.{names[name]}") for name in kinds}, 1e-6)  # fmt: skip
+    assert_close(outer, {"embed": values("model.embed_tokens"), "unembed": values("lm_head")}, 1e-6)
+    draw = draw_spectra(outer, kinds, SMALL, "Sm$ll")
+    write_figure(draw, tmp_path / "out.svg")
+    shown = texts(tmp_path / "out.svg")
+    assert {"q, 120 × 14", "k, 30 × 14", "o, 14 × 120", "down, 14 × 19", "embed and unembed, 29 × 14"} <= {*shown}
+
+
+def test_a_picture_of_spectra(tmp_path: Path) -> None:
+    model, out = write_gguf(tmp_path / "tiny.gguf", tiny_fields(), tiny_arrays()), tmp_path / "out.svg"
+    assert main(["plot", "spectra", str(model), "--layers", "0", "--out", str(out)]) == 0
+    assert {f"embed, {TINY.vocab} × 32", "Singular values of the matrices of tiny.gguf"} <= {*texts(out)}
+
+
+def test_help_lists_every_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, shown in (
+        ([], ("losses", "attention", "rope", "spectra")),
+        (["losses"], ("RUN", "--out", "--force")),
+        (["attention"], ("MODEL", "TEXT", "--layers", "--out", "--force")),
+        (["rope"], ("MODEL", "llama-3.1-8b", "--out", "--force")),
+        (["spectra"], ("MODEL", "--layers", "--out", "--force")),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plot", *arguments, "--help"])
+        text = capsys.readouterr().out
+        assert all(word in text for word in shown), text
