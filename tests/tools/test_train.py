@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+import soak
 import torch
 import transformers
 from asserts import assert_close
@@ -110,22 +111,6 @@ def test_validation_loss_is_the_mean_over_all_of_it(text: Path, unbroken: Path, 
     state = runs.read_back(unbroken, 12).state
     best = min(row["val_loss"] for row in rows(unbroken) if "val_loss" in row)
     assert state.best == best == pytest.approx(total / targets, rel=1e-5)
-
-
-def test_micro_batches_change_only_the_rounding(run: Run, text: Path, unbroken: Path, tmp_path: Path) -> None:
-    assert run(text, "--out", tmp_path / "run", TINY, COURSE, "--micro-batch 2").status == 0
-    for row, want in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
-        assert_close([row["train_loss"], row["grad_norm"]], [want["train_loss"], want["grad_norm"]], 1e-4)
-
-
-def test_bfloat16_keeps_master_weights(run: Run, text: Path, unbroken: Path, tmp_path: Path) -> None:
-    """The losses differ by rounding; what is saved has more digits than bfloat16."""
-    assert run(text, "--out", tmp_path / "run", TINY, COURSE, "--dtype bfloat16", "--remat nothing").status == 0
-    losses, want = ([row["train_loss"] for row in rows(folder)] for folder in (tmp_path / "run", unbroken))
-    assert losses != want
-    assert_close(losses, want, 1e-2)
-    embed = runs.read_back(tmp_path / "run", 12).model.params.embed
-    assert (embed.astype("bfloat16").astype("float32") != embed).any()
 
 
 # ---- Which model -----------------------------------------------------------------------------------------------------
@@ -244,24 +229,42 @@ def test_the_last_to_come_is_asked_first() -> None:
     assert not taken(2)
 
 
-@pytest.mark.parametrize(
-    ("options", "place", "at"),
-    [("", "batch_loss", 2), ("--pack", "step", 11), ("--micro-batch 2 --dtype bfloat16", "step", 11)],
-)
-def test_a_killed_run_ends_as_if_unbroken(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, place: str, at: int
+def assert_killed_ends_as(
+    whole: Path, run: Run, folder: Path, patch: pytest.MonkeyPatch, place: str, *of: object
 ) -> None:
-    """With packed documents, six rows are an epoch: it ends within step 2."""
-    path = tmp_path / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": "abcdefgh"[: n % 7 + 2]}) + "\n" for n in range(12)))
-    course = COURSE.replace("--val-fraction 0.2", "--val-fraction 0.3")
-    assert run(path, "--out", tmp_path / "whole", TINY, course, options).status == 0
-    with monkeypatch.context() as patch:
-        strike(patch, place, at, kill)
+    """Killed where a function is called for the second time, and resumed, it ends as another run did."""
+    with patch.context() as context:
+        strike(context, place, 2, kill)
         with pytest.raises(Killed):
-            run(path, "--out", tmp_path / "run", TINY, course, options)
-    assert run("--out", tmp_path / "run", "--resume").status == 0
-    assert_same(tmp_path / "run", tmp_path / "whole")
+            run("--out", folder, *of)
+    assert run("--out", folder, "--resume").status == 0
+    assert_same(folder, whole)
+
+
+def test_micro_batches_change_only_the_rounding(
+    run: Run, text: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    course = [text, TINY, COURSE, "--micro-batch 2"]
+    assert run("--out", tmp_path / "whole", *course).status == 0
+    for row, want in zip(rows(tmp_path / "whole"), rows(unbroken), strict=True):
+        assert_close([row["train_loss"], row["grad_norm"]], [want["train_loss"], want["grad_norm"]], 1e-4)
+    assert_killed_ends_as(tmp_path / "whole", run, tmp_path / "run", monkeypatch, "evaluated", *course)
+
+
+def test_packed_documents_in_bfloat16(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch, of six rows, ends within the second step, where the run is killed. Master weights stay float32."""
+    path, whole = tmp_path / "documents.jsonl", tmp_path / "whole"
+    path.write_text("".join(json.dumps({"text": "abcdefgh"[: n % 7 + 2]}) + "\n" for n in range(12)))
+    course = [path, TINY, COURSE.replace("--val-fraction 0.2", "--val-fraction 0.3"), "--pack --dtype bfloat16"]
+    assert run("--out", whole, *course, "--remat nothing").status == 0
+    embed = runs.read_back(whole, 12).model.params.embed
+    assert (embed.astype("bfloat16").astype("float32") != embed).any()
+    assert_killed_ends_as(whole, run, tmp_path / "run", monkeypatch, "step", *course, "--remat nothing")
+
+
+def test_a_soak(tmp_path: Path) -> None:
+    """Processes of its own, killed at random; `./dev soak` does it more often, and with other signals."""
+    assert soak.soak(tmp_path, 4, signal.SIGKILL) == soak.Verdict(4, [])
 
 
 def test_going_back_to_an_earlier_checkpoint(run: Run, text: Path, unbroken: Path, tmp_path: Path) -> None:
