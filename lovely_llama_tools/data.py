@@ -248,7 +248,7 @@ def split_documents(
 ) -> tuple[Split, Split | None]:  # fmt: skip
     """The first documents to train on, the last for validation."""
     documents, ends, splits = len(starts), np.append(starts, tokens.count), list[Split]()
-    cut = min(int(documents * (1 - rows.fraction)), documents - (rows.fraction > 0))
+    cut = min(max(1, int(documents * (1 - rows.fraction))), documents - (rows.fraction > 0))
     check("documents", documents, cut > 0, "at least 2, one of them for validation", where)
     for part, what in ((ends[: cut + 1], "training"), (ends[cut:], "validation"))[: 2 if rows.fraction else 1]:
         begin, sizes = cut_documents(part, rows.seq, answers)
