@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .formats.llama2c import to_llama2c as to_llama2c
     from .generate import Session as Session
     from .generate import generate as generate
+    from .harness import harness as harness
+    from .scoring import perplexity as perplexity
     from .tokens import Tokenizer as Tokenizer
     from .tokens import folder_tokenizer as folder_tokenizer
 
@@ -33,6 +35,8 @@ WHERE = {
     "formats.hugging_face_config": ["config_from_hf", "config_to_hf"],
     "formats.llama2c": ["from_llama2c", "to_llama2c"],
     "generate": ["Session", "generate"],
+    "harness": ["harness"],
+    "scoring": ["perplexity"],
     "tokens": ["Tokenizer", "folder_tokenizer"],
 }
 MODULES = {name: module for module, names in WHERE.items() for name in names}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lovely_llama import LlamaError, __version__
 
-from . import convert, inspect, plot, talk, tokenize, train
+from . import convert, evaluate, inspect, plot, talk, tokenize, train
 from .options import DEBUG, Arguments
 
-COMMANDS = (talk, train, plot, convert, inspect, tokenize)
+COMMANDS = (talk, train, evaluate, plot, convert, inspect, tokenize)
 
 
 def arguments() -> Arguments:

@@ -16,7 +16,7 @@ INK, PALE = "#1a1a1a", "#d9d9d9"  # of texts and axes, and of grids
 # Okabe & Ito 2008, "Color Universal Design": told apart by the colour-blind, and on paper by their lightness.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
-DPI = {".png": 150, ".svg": 72, ".pdf": 72}  # what can be written, by the end of the name
+DPI = {".png": 130, ".svg": 72, ".pdf": 72}  # what can be written, by the end of the name
 
 
 def new_figure(width: float | int, height: float | int) -> Any:

@@ -13,7 +13,7 @@ from lovely_llama import Config, RopeScaling, rope, rope_angles, rope_frequencie
 
 from .figures import COLOURS, INK, legible, new_figure, style
 
-POINTS = 200  # of a curve, spaced evenly on a logarithmic axis
+POINTS = 120  # of a curve, spaced evenly on a logarithmic axis
 FARTHEST = 2**24  # positions beyond are no longer exact in float32
 DASHES = ("-", "--", "-.", ":")
 
@@ -56,7 +56,7 @@ def decay(config: Config, distances: Int[np.ndarray, " n"]) -> Float[np.ndarray,
 
 def draw_rope(config: Config, name: str) -> Any:
     """A figure: wavelengths by pair on the left, decay by distance on the right, a curve for each scaling."""
-    kinds, figure = scalings(config), new_figure(11, 4.8)
+    kinds, figure = scalings(config), new_figure(9.4, 4.4)
     left, right = figure.subplots(1, 2)
     style(left, "Wavelength of each rotary pair", "pair i", "positions for a full turn, 2π / fᵢ")
     style(right, "q·k of a query and an equal key", "distance m (positions)", "¹⁄ₙ Σ cos(m fᵢ)")
@@ -66,10 +66,11 @@ def draw_rope(config: Config, name: str) -> Any:
     for (kind, scaling), colour, dash in zip(kinds.items(), COLOURS, DASHES, strict=False):
         scaled, own = replace(config, rope_scaling=scaling), scaling == config.rope_scaling
         line = {"color": colour, "linewidth": 3 if own else 1.6, "label": kind + " (the model's)" * own}
-        left.plot(2 * math.pi / np.asarray(rope_frequencies(scaled)), dash, **line)
+        left.plot(2 * math.pi / np.asarray(rope_frequencies(scaled)), "-" if own else dash, **line)
         least, mean, largest = decay(scaled, distances)
-        right.fill_between(distances, least, largest, color=colour, alpha=0.12, linewidth=0)
-        right.plot(distances, mean, dash, **line)
+        if scaling in (None, config.rope_scaling):  # more would hide each other
+            right.fill_between(distances, least, largest, color=colour, alpha=0.15, linewidth=0)
+        right.plot(distances, mean, "-" if own else dash, **line)
     left.set_yscale("log")
     right.set_xscale("log")
     for length, what in ((original, "original context"), (extended, "extended context")):

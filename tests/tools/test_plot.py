@@ -58,7 +58,7 @@ def test_losses_of_one_run(tmp_path: Path) -> None:
     assert "ru$n$" in shown
     draw_losses([run], tmp_path / "losses.png")
     picture = imread(tmp_path / "losses.png")
-    assert picture.shape[:2] == (675, 1200) and picture.min() < 0.2 and picture[0, 0].min() == 1
+    assert picture.shape[:2] == (585, 1040) and picture.min() < 0.2 and picture[0, 0].min() == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.png", "losses.svg", "ru$n$"]
 
 

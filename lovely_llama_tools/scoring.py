@@ -1,0 +1,152 @@
+"""How likely a model finds a text: the surprise of each token, and perplexity over a sliding window."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax, vmap
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lovely_llama import (
+    Config,
+    LlamaError,
+    Params,
+    block,
+    check,
+    check_tokens,
+    embed_tokens,
+    empty_cache,
+    is_whole,
+    readout,
+    wide,
+)
+
+from .extras import progress
+from .formats import Model
+from .tokens import check_text
+
+CTX = 2048  # tokens of a window, unless the model's context is shorter or another length is given
+PIECE = 64  # tokens whose logits are in memory at once; windows are padded to as many, or doubles of it
+
+
+class Scores(NamedTuple):
+    """The surprise of tokens in nats, −log p, and which of them are the likeliest there."""
+
+    nats: Float[np.ndarray, " seq"]
+    likeliest: Bool[np.ndarray, " seq"]
+
+
+class Score(NamedTuple):
+    """The sum over a text."""
+
+    nats: float
+    tokens: int  # that were scored
+    bytes: int | None  # of these tokens; unknown without a tokenizer
+
+    @property
+    def nats_per_token(self) -> float:
+        """The mean cross-entropy."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean cross-entropy; infinite beyond float64."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else None
+
+
+def surprise(
+    params: Params, x: Float[Array, "seq dim"], targets: Int[Array, " seq"], config: Config
+) -> tuple[Float[Array, " seq"], Bool[Array, " seq"]]:
+    """−log softmax(logits)ₜ of each target t, and whether it is the likeliest; the logits of a piece at a time."""
+
+    def token(x: Float[Array, " dim"], target: Int[Array, ""]) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+        scores = wide(readout(params, x, config))
+        return jax.nn.logsumexp(scores) - scores[target], jnp.argmax(scores) == target
+
+    def piece(carry: None, both: tuple[Array, Array]) -> tuple[None, Any]:
+        return carry, vmap(token)(*both)
+
+    _, (nats, likeliest) = lax.scan(piece, None, (x.reshape(-1, PIECE, x.shape[-1]), targets.reshape(-1, PIECE)))
+    return nats.ravel(), likeliest.ravel()
+
+
+layer = jax.jit(block, static_argnames="config")
+read = jax.jit(embed_tokens, static_argnames="config")
+score = jax.jit(surprise, static_argnames="config")
+
+
+def scores(model: Model, tokens: Sequence[int], targets: Sequence[int]) -> Scores:
+    """The surprise of each target after the tokens up to its own position. Padding behind changes nothing before it."""
+    config, params, count = model.config, model.params, len(tokens)
+    check_tokens(tokens, config.vocab, config.ctx)
+    check_tokens(targets, config.vocab, count)
+    size = PIECE
+    while size < count:
+        size *= 2
+    padded, wanted = (np.array([*ids, *[0] * (size - count)], np.int32) for ids in (tokens, targets))
+    ends, zero = params._replace(blocks=()), jnp.array(0)
+    (cache,) = empty_cache(replace(config, layers=1), size, params.embed.dtype)
+    x, angles = read(ends, padded, zero, config)
+    layers: Any = params.blocks
+    for w in layers:
+        x, _ = layer(w, x, angles, cache, zero, config)
+    nats, likeliest = (np.asarray(array)[:count] for array in score(ends, x, jnp.asarray(wanted), config))
+    if not np.isfinite(nats).all():
+        raise FloatingPointError("model: logits: got NaN or ∞, expected numbers")
+    return Scores(nats, likeliest)
+
+
+def windows(count: int, ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Where windows over so many tokens begin and end, and the first token to be scored in each: each but token 0 once.
+
+    The recipe of transformers' documentation: windows begin every `stride` tokens, and score what is new in them."""
+    done = 1
+    for begin in range(0, count, stride):
+        end = min(begin + ctx, count)
+        if end > done:
+            yield begin, end, done
+        done = end
+        if end == count:
+            return
+
+
+def perplexity(model: Model, text: str | Sequence[int], ctx: int | None = None, stride: int | None = None) -> Score:
+    """Score a text, or token ids, by a window of `ctx` tokens that advances by `stride`: half of it by default.
+
+    Every token is scored once, after at least ctx − stride tokens where there are so many. BOS comes first where the
+    model expects it, and is not scored; elsewhere the text's first token has nothing before it, and is not."""
+    config, tokenizer = model.config, model.tokenizer
+    ctx = min(config.ctx, CTX) if ctx is None else ctx
+    check("ctx", repr(ctx), is_whole(ctx) and 2 <= ctx <= config.ctx, f"a whole number from 2 to {config.ctx}")
+    stride = ctx // 2 if stride is None else stride
+    check("stride", repr(stride), is_whole(stride) and 1 <= stride < ctx, f"a whole number from 1 to {ctx - 1}")
+    if isinstance(text, str):
+        check_text("text", text)
+        check("text", "nothing", bool(text), "a text")
+        if tokenizer is None:
+            raise LlamaError("model", "tokenizer", "none", "token ids for a text")
+        tokens = tokenizer.begin(text)
+    else:
+        tokens = list[int](text)
+    tokens: list[int] = check_tokens(tokens, config.vocab, max(len(tokens), 1), "text").tolist()
+    check("text", f"{len(tokens)} token", len(tokens) > 1, "at least 2 tokens, one to be scored after another", "text")
+    nats = 0.0
+    with progress("scoring", len(tokens) - 1, " tokens") as advance:
+        for begin, end, first in windows(len(tokens), int(ctx), int(stride)):
+            found = scores(model, tokens[begin : end - 1], tokens[begin + 1 : end])
+            nats += float(found.nats[first - begin - 1 :].astype(np.float64).sum())
+            advance(end - first)
+    size = None
+    if tokenizer is not None:
+        known = isinstance(text, str) and tokens[0] == tokenizer.bos and tokenizer.adds_bos
+        size = len(str(text).encode()) if known else sum(len(tokenizer.pieces[token]) for token in tokens[1:])
+    return Score(nats, len(tokens) - 1, size)
