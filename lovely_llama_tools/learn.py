@@ -73,12 +73,17 @@ def merged(base: Params | None, trained: Any, scale: float) -> Params:
     return base._replace(blocks=jax.vmap(partial(adapt, scale=scale))(cast(Any, base.blocks), trained))
 
 
-@partial(jax.jit, static_argnames="recipe")
-def batch_loss(base: Params | None, trained: Any, rows: tuple[Array, ...], recipe: Recipe) -> Float[Array, ""]:
+def loss_of(base: Params | None, trained: Any, rows: tuple[Array, ...], recipe: Recipe) -> Float[Array, ""]:
     """The loss of a batch: tokens, targets and, where rows are packed, where each token's document begins."""
     tokens, targets, *first = rows
     params = merged(base, trained, recipe.scale)
     return loss(params, tokens, targets, recipe.config, recipe.remat, DTYPES[recipe.dtype], *first)
+
+
+@partial(jax.jit, static_argnames="recipe")
+def batch_loss(base: Params | None, trained: Any, rows: tuple[Array, ...], recipe: Recipe) -> Float[Array, ""]:
+    """The same as a program, for evaluations."""
+    return loss_of(base, trained, rows, recipe)
 
 
 @partial(jax.jit, static_argnames="recipe", donate_argnames=("trained", "moments"))
@@ -88,7 +93,7 @@ def step(
     """Gradients, micro-batch by micro-batch, clipped, into AdamW. If they are not finite, nothing changes."""
 
     def objective(trained: Any, *rows: Array) -> Float[Array, ""]:
-        return batch_loss(base, trained, rows, recipe)
+        return loss_of(base, trained, rows, recipe)
 
     micro = [ids.reshape(-1, recipe.micro_batch, ids.shape[-1]) for ids in rows]
     value, gradients = accumulate(objective, trained, *micro)

@@ -189,10 +189,12 @@ def course(run: Run, learner: Learner, state: State) -> State:
             state = evaluated(run, learner, state, row)
         else:
             run.book.step(row)
-        ends = over(run, state)
-        if ends or state.best_step == state.step or state.step % cast(int, s.save_every) == 0:
+        due = state.best_step == state.step or state.step % cast(int, s.save_every) == 0
+        if due:
             save(run, learner, state)
-        if ends:
+        if over(run, state):
+            if not due:
+                save(run, learner, state)
             break
     return state
 

@@ -15,6 +15,7 @@ import faults_gguf
 import faults_hugging_face
 import faults_llama2c
 import faults_meta
+import faults_runs
 import faults_tokens
 import jax
 import pytest
@@ -33,6 +34,7 @@ CASES: dict[str, Case] = {
     **faults_generation.CASES,
     **faults_commands.CASES,
     **faults_tokens.CASES,
+    **faults_runs.CASES,
 }
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 VARIANTS = [(case, name) for case in CASES for name in CASES[case].variants]

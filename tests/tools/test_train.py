@@ -193,7 +193,7 @@ def kill() -> None:
         ("step", 1, 1, signal.SIGINT),
         ("step", 8, 8, signal.SIGTERM),
         ("batch_loss", 2, 4, signal.SIGINT),
-        ("save", 3, 5, signal.SIGTERM),
+        ("save", 3, 4, signal.SIGTERM),
         ("step", 12, 12, signal.SIGINT),
     ],
 )
