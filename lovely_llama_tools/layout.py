@@ -62,8 +62,18 @@ def all_tensors(layout: Layout, config: Config) -> dict[str, tuple[int, ...]]:
     return dict(tensor(layout, path, leaf.shape) for path, leaf in jax.tree.leaves_with_path(shapes(config)))
 
 
-def from_named(layout: Layout, get: Callable[[str], Any], config: Config) -> Params:
-    """Parameters from the tensors that `get` finds by name. Linear, so gradients can be converted the same way."""
+def as_array(name: str, array: Any) -> Array:
+    """A jax array of a tensor. Without the dtype it would be made by a program for each shape."""
+    return jnp.asarray(array, array.dtype)
+
+
+def from_named(
+    layout: Layout, get: Callable[[str], Any], config: Config, put: Callable[[str, Any], Array] = as_array
+) -> Params:
+    """Parameters from the tensors that `get` finds by name. Linear, so gradients can be converted the same way.
+
+    `put` makes the jax array of each, from its name and from rows in our order.
+    """
 
     def of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
         name, _ = tensor(layout, path, leaf.shape)
@@ -71,7 +81,7 @@ def from_named(layout: Layout, get: Callable[[str], Any], config: Config) -> Par
         if layout.half_split and path[-1].name in ("q", "k"):
             *heads, width, dim = leaf.shape
             array = array.reshape(*heads, 2, width // 2, dim).swapaxes(-3, -2)
-        return jnp.asarray(array.reshape(leaf.shape), array.dtype)  # without the dtype, by a program for each shape
+        return put(name, array.reshape(leaf.shape))
 
     return jax.tree.map_with_path(of, shapes(config))
 

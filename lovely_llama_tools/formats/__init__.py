@@ -4,6 +4,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from lovely_llama import Config, LlamaError, Params, Sampling, check, count
 
@@ -20,6 +21,7 @@ from ..layout import NAMES, Layout, all_tensors, from_named
 from ..tokens import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
+PIECE = 2**20  # elements of a tensor that a thread copies at a time
 
 
 class Model(NamedTuple):
@@ -70,11 +72,11 @@ class Checkpoint(NamedTuple):
         check_memory(kind.itemsize * count(self.config), self.file)
         with progress(f"loading {self.file.name}", len(names)) as advance:
 
-            def get(name: str) -> Float[np.ndarray, "..."]:
+            def put(name: str, array: Float[np.ndarray, "..."]) -> Array:
                 advance(1)
-                return finite(owned(self.get(name), kind), name, self.file)
+                return jnp.asarray(owned(array, kind, name, self.file), kind)
 
-            return Model(self.config, from_named(self.layout, get, self.config), self.tokenizer)
+            return Model(self.config, from_named(self.layout, self.get, self.config, put), self.tokenizer)
 
 
 def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -82,14 +84,24 @@ def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return array.astype(np.float32, copy=False)
 
 
-def owned(array: Float[np.ndarray, "..."], dtype: Any) -> Float[np.ndarray, "..."]:
-    """A copy in memory pages of its own. On a CPU jax takes these over as they are, since they are aligned."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)  # one by one they would be slow
-    memory = mmap.mmap(-1, array.size * dtype.itemsize, flags=flags)
-    copy = np.frombuffer(memory, dtype).reshape(array.shape)
-    with np.errstate(over="ignore"):
-        copy[...] = array
-    return copy
+def owned(array: Float[np.ndarray, "..."], dtype: Any, name: str, file: object) -> Float[np.ndarray, "..."]:
+    """A copy in memory pages of its own, which jax takes over on a CPU as they are. NaN and ∞ are refused.
+
+    The system provides pages when they are first written, which takes as long as the copying: threads share it.
+    """
+    memory = mmap.mmap(-1, array.size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    source, copy = array.reshape(-1), np.frombuffer(memory, dtype)
+
+    def piece(begin: int) -> bool:
+        part = slice(begin, begin + PIECE)
+        with np.errstate(over="ignore"):
+            copy[part] = source[part]
+        return bool(np.isfinite(widened(copy[part])).all())
+
+    with ThreadPoolExecutor() as threads:
+        good = all(threads.map(piece, range(0, array.size, PIECE)))
+    check(name, f"NaN or ∞ in {dtype}", good, "finite numbers", file)
+    return copy.reshape(array.shape)
 
 
 def finite(array: Float[np.ndarray, "..."], name: str, file: object) -> Float[np.ndarray, "..."]:

@@ -189,7 +189,7 @@ UNCAUGHT = {
 UNTOLD = {"lovely_llama_tools.files:opener": "lambda path: path.is_dir() or original(path)"}
 # Memory-mapped files, and arrays that are not copied.
 MAPPED = {
-    "lovely_llama_tools.formats:owned": "lambda array, dtype: array",
+    "lovely_llama_tools.formats:owned": "lambda array, *_: array",
     "lovely_llama_tools.formats.gguf:np": "type('Mapped', (), {'__getattr__': lambda _, name: (lambda file, kind, n: "
     "original.memmap(file.name, kind, 'r', file.tell(), (n,))) if name == 'fromfile' else getattr(original, name)})()",
     "lovely_llama_tools.layout:jnp": "type('Bare', (), {'__getattr__': lambda _, name: (lambda array, dtype: "
