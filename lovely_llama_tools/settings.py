@@ -140,6 +140,8 @@ def settle(args: argparse.Namespace, before: Mapping[str, Any]) -> Settings:
     """The settings: as given; where nothing is, as before; or as they follow from others."""
     given = {name: value for name in Settings._fields if (value := getattr(args, name)) not in (None, [])}
     fields: dict[str, Any] = {**Settings()._asdict(), **before, **given}
+    unknown = sorted(fields.keys() - {*Settings._fields})
+    check("options", ", ".join(unknown), not unknown, f"those of version {__version__}", "run.json")
     fields["data"] = tuple(os.path.abspath(path) for path in fields["data"])
     s = Settings(**fields)
     for name, bound in NUMBERS.items():

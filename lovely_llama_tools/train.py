@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 
 from lovely_llama import Block, Config, LlamaError, check, count, learning_rate
 
@@ -90,21 +92,14 @@ def train(args: argparse.Namespace) -> int:
         stack.enter_context(held(folder))
         if args.resume is None:
             check_new(folder)
-        kept = None if at is None else read_back(folder, at)
-        corpus, config, learner = prepared(folder, settings)
-        marks = fingerprints(settings, config, {**corpus.fingerprints, **base_fingerprint(learner)})
-        if kept:
-            agree(kept, marks, args.allow, lambda text: print(f"note: {text}", file=sys.stderr))
-            learner = from_stored(learner, kept.model.params, kept.arrays, kept.state.updates, config, kept.path)
-        state = kept.state if kept else State()
+        corpus, config, learner, state, marks = started(folder, settings, at, args.allow)
         options = {"options": settings._asdict(), "config": asdict(config), "fingerprints": marks}
         write_json(folder / RUN, {**options, "versions": versions()})
         book = stack.enter_context(journal(folder, state, settings.steps))
         run = Run(folder, settings, corpus, config, recipe_of(settings, config), marks, stop, book)
-        if not kept:
+        if at is None:
             save(run, learner, state)  # which shows that it can be done
-        state = course(run, learner, state)
-        return finish(run, state)
+        return finish(run, course(run, learner, state))
 
 
 def chosen_step(folder: Path, resume: str | None) -> int | None:
@@ -127,8 +122,22 @@ def check_new(folder: Path) -> None:
 # ---- What a run starts from ------------------------------------------------------------------------------------------
 
 
-def prepared(folder: Path, settings: Settings) -> tuple[Corpus, Config, Learner]:
-    """The data, and a learner before its first step."""
+def started(
+    folder: Path, settings: Settings, at: int | None, allowed: Sequence[str]
+) -> tuple[Corpus, Config, Learner, State, dict[str, Any]]:
+    """The data, the learner and the state, new or out of a checkpoint, and what a resume will have to agree with."""
+    kept = None if at is None else read_back(folder, at)
+    corpus, config, learner = prepared(folder, settings, kept is not None)
+    marks = fingerprints(settings, config, {**corpus.fingerprints, **base_fingerprint(learner)})
+    if kept is None:
+        return corpus, config, learner, State(), marks
+    agree(kept, marks, allowed, lambda text: print(f"note: {text}", file=sys.stderr))
+    learner = from_stored(learner, kept.model.params, kept.arrays, kept.state.updates, config, kept.path)
+    return corpus, config, learner, kept.state, marks
+
+
+def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corpus, Config, Learner]:
+    """The data, and a learner before its first step; or only the shapes of what it learns."""
     base = load(settings.init_from, "float32") if settings.init_from else None
     tokenizer = named_tokenizer(settings.tokenizer) or (base.tokenizer if base else None)
     if base and tokenizer and not isinstance(tokenizer, str):
@@ -139,14 +148,19 @@ def prepared(folder: Path, settings: Settings) -> tuple[Corpus, Config, Learner]
     )  # fmt: skip
     config = base.config if base else new_config(settings, corpus.vocab)
     check("vocab", corpus.vocab, corpus.vocab <= config.vocab, f"at most {config.vocab}, the model's", "data")
+    check("lora", settings.lora, (settings.lora or 1) <= config.dim, f"at most the width, {config.dim}")
     check_memory(16 * count(config), "config")  # parameters, gradients, and two moments
-    rng = jax.random.key(settings.seed)
-    params = stacked(base.params) if base else new_params(rng, config)
-    if not settings.lora:
-        return corpus, config, beginner(None, params)
-    check("lora", settings.lora, settings.lora <= config.dim, f"at most the width, {config.dim}")
-    names = settings.lora_targets.split(",")
-    return corpus, config, beginner(params, new_adapters(rng, cast(Block, params.blocks), settings.lora, names))
+    rng, params = jax.random.key(settings.seed), stacked(base.params) if base else None
+
+    def begin(rng: Key[Array, ""]) -> Learner:
+        if params is None or not settings.lora:
+            return beginner(None, params or new_params(rng, config))
+        names = settings.lora_targets.split(",")
+        return beginner(params, new_adapters(rng, cast(Block, params.blocks), settings.lora, names))
+
+    if not shapes_alone:
+        return corpus, config, begin(rng)
+    return corpus, config, jax.eval_shape(begin, rng)._replace(base=params if settings.lora else None)
 
 
 def named_tokenizer(path: str | None) -> Tokenizer | str | None:

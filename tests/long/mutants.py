@@ -27,7 +27,7 @@ TOOLS = (
     "tokens/pipelines", "tokens/ranks", "tokens/training",
     "formats/__init__", "formats/gguf", "formats/gguf_header", "formats/gguf_rope", "formats/hugging_face",
     "formats/hugging_face_config", "formats/llama2c", "formats/meta", "formats/pth", "formats/safetensors",
-    "hub", "files", "generate", "chat", "inspect",
+    "hub", "files", "generate", "chat", "inspect", "interrupts", "journal", "learn", "runs", "settings", "train",
 )  # fmt: skip
 
 
@@ -129,6 +129,21 @@ MUTANTS = [
     Mutant("the stop text is shown", "generate", "held[: min(ends)]", "held"),
     Mutant("the cache is not moved when it grows", "generate", "widen(layer.keys, room)", "widen(layer.keys * 0, room)"),
     Mutant("a generation trusts what another left", "generate", "if self.tokens[:known] != tokens[:known]:", "if False:"),
+    Mutant("a resume replays data", "train", "range(state.step, s.steps)", "range(s.steps - state.step)", 24),
+    Mutant("a resume skips data", "train", "range(state.step, s.steps)", "range(state.step + (state.step > 0), s.steps + (state.step > 0))", 24),
+    Mutant("a resume begins with new moments", "train", "learner = from_stored(", "learner = learner._replace(trained=stacked(kept.model.params)) if kept else from_stored(", 24),
+    Mutant("a resume forgets how often it has updated", "learn", "Moments(jnp.array(updates)", "Moments(jnp.array(0)", 24),
+    Mutant("a resume forgets the best", "runs", "for name in State._fields}", 'for name in State._fields if name != "best"}', 24),
+    Mutant("an evaluation that is owed is not made up for", "train", "if state.owed and not over(run, state):", "if False:", 24),
+    Mutant("micro-batches of a batch counted as batches", "learn", "ids.reshape(-1, recipe.micro_batch, ids.shape[-1])", "ids.reshape(-1, recipe.micro_batch, ids.shape[-1])[:1]", 22),
+    Mutant("packed documents see each other in a step", "learn", "DTYPES[recipe.dtype], *first)", "DTYPES[recipe.dtype])", 23),
+    Mutant("gradients not clipped", "learn", "gradients, norm = clip(gradients, recipe.clip)", "_, norm = clip(gradients, recipe.clip)", 25),
+    Mutant("the rate one step late", "train", "learning_rate(state.step,", "learning_rate(state.step + 1,", 25),
+    Mutant("a step that is not finite is not skipped", "learn", "jnp.where(good, new, old)", "new"),
+    Mutant("adapters scaled twice", "learn", "partial(adapt, scale=scale)", "partial(adapt, scale=scale * scale)"),
+    Mutant("the mean of batches' means", "train", "total + n * float(loss), targets + n", "total + float(loss), targets + 1"),
+    Mutant("the best is deleted with the old", "runs", "[-last:], state.best_step}", "[-last:]}"),
+    Mutant("steps sorted as texts", "runs", "return sorted(int(name[1]) for name in names if name)", "return [int(n) for n in sorted(name[1] for name in names if name)]"),
 ]  # fmt: skip
 
 
@@ -155,6 +170,7 @@ TESTS = {
     **{key: ["tests/tools/test_hugging_face.py"] for key in ("formats/hugging_face_config", "formats/safetensors")},
     "formats/pth": ["tests/tools/test_meta.py"],
     "hub": ["tests/tools/test_hugging_face.py"],
+    **{key: ["tests/tools/test_train.py"] for key in ("interrupts", "journal", "learn", "settings")},
 }
 
 

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 import transformers
 from asserts import assert_close
 from builders import random_params
-from training import BATCH_LOSS, COURSE, NEW_PARAMS, STEP, TINY, assert_same, course_of, hasten, rows, words, write_sums
+from training import BATCH_LOSS, COURSE, STEP, TINY, assert_same, course_of, hasten, new_params, rows, words, write_sums
 
 from lovely_llama import Config, count, learning_rate
 from lovely_llama_tools import journal, runs, train
@@ -251,15 +251,36 @@ def test_micro_batches_change_only_the_rounding(
     assert_killed_ends_as(tmp_path / "whole", run, tmp_path / "run", monkeypatch, "evaluated", *course)
 
 
-def test_packed_documents_in_bfloat16(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An epoch, of six rows, ends within the second step, where the run is killed. Master weights stay float32."""
+def test_packed_documents(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the loss that it has alone. An epoch, of six rows, ends within the step where the run is killed."""
     path, whole = tmp_path / "documents.jsonl", tmp_path / "whole"
     path.write_text("".join(json.dumps({"text": "abcdefgh"[: n % 7 + 2]}) + "\n" for n in range(12)))
-    course = [path, TINY, COURSE.replace("--val-fraction 0.2", "--val-fraction 0.3"), "--pack --dtype bfloat16"]
-    assert run("--out", whole, *course, "--remat nothing").status == 0
-    embed = runs.read_back(whole, 12).model.params.embed
+    course = [path, TINY, COURSE.replace("--val-fraction 0.2", "--val-fraction 0.3"), "--pack --keep 9"]
+    assert run("--out", whole, *course).status == 0
+    corpus = prepare([str(path)], tmp_path, tokenizer="chars", vocab=None, seq=8, fraction=0.3, pack=True)
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(whole / "step-12")
+    surprises = list[float]()
+    for batch in corpus.validation.sweep(4) if corpus.validation else ():
+        for row, targets, first in zip(*cast(Any, batch), strict=True):
+            for begin in np.unique(first[targets >= 0]):
+                own = (first == begin) & (targets >= 0)
+                scores = model(torch.tensor(row[own][None], dtype=torch.long)).logits[0].detach()
+                wanted = torch.tensor(targets[own], dtype=torch.long)
+                surprises += torch.nn.functional.cross_entropy(scores, wanted, reduction="none").tolist()
+    assert len(surprises) > 10
+    assert rows(whole)[-1]["val_loss"] == pytest.approx(np.mean(surprises), rel=1e-5)
+    assert_killed_ends_as(whole, run, tmp_path / "run", monkeypatch, "step", *course)
+
+
+def test_bfloat16_keeps_master_weights(run: Run, text: Path, unbroken: Path, tmp_path: Path) -> None:
+    """The losses differ by rounding; what is saved has more digits than bfloat16."""
+    course = COURSE.replace("--steps 12", "--steps 3").replace("--eval-every 4", "--eval-every 3")
+    assert run(text, "--out", tmp_path / "run", TINY, course, "--dtype bfloat16", "--remat nothing").status == 0
+    losses, want = ([row["train_loss"] for row in rows(folder)[:2]] for folder in (tmp_path / "run", unbroken))
+    assert losses != want
+    assert_close(losses, want, 1e-2)
+    embed = runs.read_back(tmp_path / "run", 3).model.params.embed
     assert (embed.astype("bfloat16").astype("float32") != embed).any()
-    assert_killed_ends_as(whole, run, tmp_path / "run", monkeypatch, "step", *course, "--remat nothing")
 
 
 def test_a_soak(tmp_path: Path) -> None:
@@ -364,7 +385,7 @@ def test_events_a_picture_and_samples(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The loss falls. After a resume no sample stands twice."""
-    for name, program in (("step", STEP), ("batch_loss", BATCH_LOSS), ("new_params", NEW_PARAMS)):
+    for name, program in (("step", STEP), ("batch_loss", BATCH_LOSS), ("new_params", new_params)):
         monkeypatch.setattr(train, name, program)
     course = "--steps 30 --eval-every 10 --lr 3e-2 --warmup 2 --sample 5"
     assert main(words(text, "--out", tmp_path / "run", TINY.replace("--sample 0", ""), course)) == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from asserts import QUICK
 
+from lovely_llama import Config, Params
 from lovely_llama_tools import learn, runs, train
 
 TINY = "--layers 2 --dim 8 --heads 2 --kv-heads 1 --hidden-dim 12 --ctx 8 --batch 4 --sample 0"
@@ -25,12 +26,18 @@ def compiled(program: Any, **options: Any) -> Any:
 
 STEP = compiled(learn.step, static_argnames="recipe", donate_argnames=("trained", "moments"))
 BATCH_LOSS = compiled(learn.batch_loss, static_argnames="recipe")
-NEW_PARAMS = compiled(learn.new_params, static_argnames="config")
+QUICK_PARAMS = compiled(learn.new_params, static_argnames="config")
+
+
+def new_params(rng: Any, config: Config) -> Params:
+    """The same within a program, whose options are its own."""
+    program: Any = learn.new_params if isinstance(rng, jax.core.Tracer) else QUICK_PARAMS
+    return program(rng, config)
 
 
 def hasten(patch: pytest.MonkeyPatch) -> None:
     """Let runs use these, and draw and record nothing for other programs."""
-    for name, program in (("step", STEP), ("batch_loss", BATCH_LOSS), ("new_params", NEW_PARAMS)):
+    for name, program in (("step", STEP), ("batch_loss", BATCH_LOSS), ("new_params", new_params)):
         patch.setattr(train, name, program)
     patch.setattr(train.Journal, "draw", lambda _: None)
     patch.setattr("lovely_llama_tools.journal.extra", partial(nothing, "SummaryWriter"))
