@@ -131,7 +131,7 @@ MUTANTS = [
     Mutant("a generation trusts what another left", "generate", "if self.tokens[:known] != tokens[:known]:", "if False:"),
     Mutant("a resume replays data", "train", "range(state.step, s.steps)", "range(s.steps - state.step)", 24),
     Mutant("a resume skips data", "train", "range(state.step, s.steps)", "range(state.step + (state.step > 0), s.steps + (state.step > 0))", 24),
-    Mutant("a resume begins with new moments", "train", "learner = from_stored(", "learner = learner._replace(trained=stacked(kept.model.params)) if kept else from_stored(", 24),
+    Mutant("a resume begins with new moments", "learn", 'read["first"], read["second"]))', 'jax.tree.map(jnp.zeros_like, read["first"]), read["second"]))', 24),
     Mutant("a resume forgets how often it has updated", "learn", "Moments(jnp.array(updates)", "Moments(jnp.array(0)", 24),
     Mutant("a resume forgets the best", "runs", "for name in State._fields}", 'for name in State._fields if name != "best"}', 24),
     Mutant("an evaluation that is owed is not made up for", "train", "if state.owed and not over(run, state):", "if False:", 24),

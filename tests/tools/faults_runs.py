@@ -268,7 +268,8 @@ def forgetting(field: str) -> dict[str, str]:
 
 REPLAYED = {"lovely_llama_tools.train:ahead": "lambda batches, steps: original(batches, range(len(steps)))"}
 NO_MOMENTS = {
-    "lovely_llama_tools.train:from_stored": "lambda learner, params, *more: learner._replace(trained=stacked(params))"
+    "lovely_llama_tools.train:from_stored": "lambda learner, params, arrays, *more: "
+    "original(learner, params, {name: 0 * array for name, array in arrays.items()}, *more)"
 }
 RATES_RESTART = {
     "lovely_llama_tools.train:learning_rate": "lambda step, *more, n=__import__('itertools').count(): "
