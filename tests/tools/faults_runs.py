@@ -1,4 +1,4 @@
-"""Cases H, but for H9: training runs and their checkpoints."""
+"""Cases H, but for H9 (faults_data.py): training runs and their checkpoints."""
 
 import contextlib
 import functools

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import faults_commands
+import faults_data
 import faults_generation
 import faults_gguf
 import faults_hugging_face
@@ -35,6 +36,7 @@ CASES: dict[str, Case] = {
     **faults_commands.CASES,
     **faults_tokens.CASES,
     **faults_runs.CASES,
+    **faults_data.CASES,
 }
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 VARIANTS = [(case, name) for case in CASES for name in CASES[case].variants]
