@@ -114,9 +114,10 @@ def stacked(params: Params) -> Params:
 
 
 @partial(jax.jit, static_argnames="config")
-def new_params(rng: Key[Array, ""], config: Config) -> Params:
-    """Parameters to train from, in one program: value by value it would take longer."""
-    return stacked(init(rng, config))
+def new_params(rng: Key[Array, ""], config: Config, scale: float = 1.0) -> Params:
+    """Parameters to train from, matrices scaled, in one program: value by value it would take longer."""
+    new = stacked(init(rng, config))
+    return jax.tree.map_with_path(lambda path, w: w if "norm" in path[-1].name else scale * w, new)
 
 
 def unstacked(params: Params) -> Params:

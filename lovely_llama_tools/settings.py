@@ -19,7 +19,8 @@ from .formats import DTYPES
 from .learn import MATRICES, Recipe
 from .options import number, whole
 
-MODEL = ("layers", "heads", "kv_heads", "dim", "hidden_dim", "theta", "tied")  # what --init-from leaves no choice of
+# What --init-from leaves no choice of.
+MODEL = ("layers", "heads", "kv_heads", "dim", "hidden_dim", "theta", "tied", "init_std")
 
 
 class Settings(NamedTuple):
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
     hidden_dim: int | None = None
     theta: float | None = None
     tied: bool | None = None
+    init_std: float | None = None
     ctx: int | None = None
     lora: int | None = None
     lora_alpha: float | None = None
@@ -92,6 +94,7 @@ NUMBERS = {
     "dim": Bound(whole, "width (default: 128)", 1, TOP),
     "hidden_dim": Bound(whole, "width within the feed-forward (default: ⅔ · 4 · dim, up to a multiple of 32)", 1, TOP),
     "theta": Bound(number, "the base of rotary frequencies (default: 10000)", 1, strict=True),
+    "init_std": Bound(number, "standard deviation of new matrices (default: 0.02)", 0, strict=True),
     "ctx": Bound(whole, "tokens of a row (default: 256, or the model's context if that is shorter)", 1, TOP),
     "lora": Bound(whole, "train adapters of rank N in place of the model", 1, TOP),
     "lora_alpha": Bound(number, "scale them by X / N (default: 2 N)", 0, strict=True),
@@ -116,8 +119,8 @@ NUMBERS = {
 }
 # What changes the course of a run, so that a resume must have the same.
 COURSE = (
-    "ctx", "lora", "lora_alpha", "lora_targets", "batch", "micro_batch", "steps", "lr", "final_lr", "warmup",
-    "weight_decay", "clip", "beta1", "beta2", "dtype", "remat", "seed", "pack", "val_fraction",
+    "init_std", "ctx", "lora", "lora_alpha", "lora_targets", "batch", "micro_batch", "steps", "lr", "final_lr",
+    "warmup", "weight_decay", "clip", "beta1", "beta2", "dtype", "remat", "seed", "pack", "val_fraction",
 )  # fmt: skip
 
 
