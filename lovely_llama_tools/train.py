@@ -151,27 +151,17 @@ def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corp
     check("vocab", corpus.vocab, corpus.vocab <= config.vocab, f"at most {config.vocab}, the model's", "data")
     check("lora", settings.lora, (settings.lora or 1) <= config.dim, f"at most the width, {config.dim}")
     check_memory(16 * count(config), "config")  # parameters, gradients, and two moments
-<<<<<<< HEAD
     rng, params = jax.random.key(settings.seed), stacked(base.params) if base else None
 
     def begin(rng: Key[Array, ""]) -> Learner:
         if params is None or not settings.lora:
-            return beginner(None, params or new_params(rng, config))
+            return beginner(None, params or new_params(rng, config, (settings.init_std or STD) / STD))
         names = settings.lora_targets.split(",")
         return beginner(params, new_adapters(rng, cast(Block, params.blocks), settings.lora, names))
 
     if not shapes_alone:
         return corpus, config, begin(rng)
     return corpus, config, jax.eval_shape(begin, rng)._replace(base=params if settings.lora else None)
-=======
-    rng = jax.random.key(settings.seed)
-    params = stacked(base.params) if base else new_params(rng, config, (settings.init_std or STD) / STD)
-    if not settings.lora:
-        return corpus, config, beginner(None, params)
-    check("lora", settings.lora, settings.lora <= config.dim, f"at most the width, {config.dim}")
-    names = settings.lora_targets.split(",")
-    return corpus, config, beginner(params, new_adapters(rng, cast(Block, params.blocks), settings.lora, names))
->>>>>>> 1f182c2 (train --init-std)
 
 
 def named_tokenizer(path: str | None) -> Tokenizer | str | None:
