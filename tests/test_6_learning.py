@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import curve
 import jax
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from lovely_llama import (
     adamw,
     adapt,
     clip,
+    init,
     learning_rate,
     logits,
     loss,
@@ -333,6 +335,14 @@ def test_a_run_of_llama2c_is_reproduced(recording: Recording, x64: None) -> None
         assert_close(value, want, 1e-5, f"loss {step}")
         assert_close(norm, arrays["train.grad_norm"][step], bound, f"norm {step}")
     assert_close(params, read("train.param."), bound)
+
+
+def test_the_curve_is_that_of_torch() -> None:
+    """Fifty steps of `./dev curve`: transformers' model under torch's AdamW and clipping, on the same batches."""
+    params = init(jax.random.key(0), curve.CONFIG)
+    left, right = list(curve.ours(params, 50)), list(curve.theirs(params, 50))
+    assert left[-1] < left[0] - 1
+    assert max(abs(a - b) for a, b in zip(left, right, strict=True)) <= curve.BOUND
 
 
 # ---- Adapters --------------------------------------------------------------------------------------------------------
