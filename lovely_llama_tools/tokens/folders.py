@@ -26,15 +26,16 @@ from .ranks import LLAMA3_SPECIALS, is_ranks, rank_tokenizer
 
 CONFIG = "tokenizer_config.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-SOURCES = ("tokenizer.json", "tokenizer.model", "characters.json", "tokenizer.bin")  # the first that is there
+SOURCES = ("characters.json", "tokenizer.json", "tokenizer.model", "tokenizer.bin")  # the first that is there
 
 
 def folder_tokenizer(folder: str | Path, vocab: int | None = None) -> Tokenizer | None:
     """The tokenizer whose files are in a folder, for a model of this vocabulary; None where there are none.
 
-    A tokenizer.json comes before a tokenizer.model (SentencePiece's, or a list of ranks), a characters.json and
-    llama2.c's tokenizer.bin. tokenizer_config.json and special_tokens_map.json name BOS, EOS and more special tokens,
-    as transformers 4 and 5 write them; chat templates are there, or in chat_template.jinja.
+    A characters.json, beside which a tokenizer.json has the same ids, comes before a tokenizer.json, a tokenizer.model
+    (SentencePiece's, or a list of ranks) and llama2.c's tokenizer.bin. tokenizer_config.json and
+    special_tokens_map.json name BOS, EOS and more special tokens, as transformers 4 and 5 write them; chat templates
+    are there, or in chat_template.jinja.
     """
     folder = Path(folder)
     for name in SOURCES:
