@@ -113,7 +113,7 @@ def stacked(params: Params) -> Params:
     return jax.tree.map(jnp.array, params._replace(blocks=blocks))
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "scale"))
 def new_params(rng: Key[Array, ""], config: Config, scale: float = 1.0) -> Params:
     """Parameters to train from, matrices scaled, in one program: value by value it would take longer."""
     new = stacked(init(rng, config))

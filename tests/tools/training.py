@@ -26,13 +26,13 @@ def compiled(program: Any, **options: Any) -> Any:
 
 STEP = compiled(learn.step, static_argnames="recipe", donate_argnames=("trained", "moments"))
 BATCH_LOSS = compiled(learn.batch_loss, static_argnames="recipe")
-QUICK_PARAMS = compiled(learn.new_params, static_argnames="config")
+QUICK_PARAMS = compiled(learn.new_params, static_argnames=("config", "scale"))
 
 
-def new_params(rng: Any, config: Config) -> Params:
+def new_params(rng: Any, config: Config, scale: float) -> Params:
     """The same within a program, whose options are its own."""
     program: Any = learn.new_params if isinstance(rng, jax.core.Tracer) else QUICK_PARAMS
-    return program(rng, config)
+    return program(rng, config, scale)
 
 
 def hasten(patch: pytest.MonkeyPatch) -> None:
