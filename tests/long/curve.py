@@ -1,4 +1,4 @@
-"""The loss curve here and in torch: one model, the same 200 batches from the same start. `./dev curve`, half a minute.
+"""The loss curve here and in torch: one model, the same 200 batches from the same start.
 
     ./dev curve            print the losses and how far they are apart
     ./dev curve --write    and put them into docs/training.md, with docs/curve.png
