@@ -19,6 +19,7 @@ from .formats.hugging_face import open_folder, save_folder
 from .formats.llama2c import open_llama2c, save_llama2c
 from .formats.meta import open_meta
 from .hub import fetch, is_name
+from .tokens import Tokenizer, folder_tokenizer
 
 # What else the first bytes of a file may be.
 FOREIGN = {
@@ -50,6 +51,17 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
     """
     with checkpoint(path) as found:
         return found.load(dtype)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, or of a folder, in which there need not be a model."""
+    tokenizer = folder_tokenizer(path) if Path(path).is_dir() else None
+    if tokenizer is None:
+        with checkpoint(path) as found:
+            tokenizer = found.tokenizer
+    if tokenizer is None:
+        raise LlamaError(path, "tokenizer", "none", "a model with one, or a folder with one")
+    return tokenizer
 
 
 def opener(path: Path) -> Callable[[Path, ExitStack], Checkpoint]:

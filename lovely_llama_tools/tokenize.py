@@ -10,9 +10,9 @@ from typing import Any
 from lovely_llama import LlamaError, check
 
 from .corpora import TEXTS, corpus_files, read_texts
-from .files import checkpoint, default_model, publish
+from .files import default_model, load_tokenizer, publish
 from .options import Arguments, add_command, whole
-from .tokens import Tokenizer, check_text, folder_tokenizer, tokenizer_bin, tokenizer_files
+from .tokens import Tokenizer, check_text, tokenizer_bin, tokenizer_files
 from .tokens.folders import CONFIG, SOURCES
 from .tokens.training import train_bpe, train_characters, train_sentencepiece
 
@@ -68,13 +68,7 @@ def train(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """Print a line for each token."""
     check_text("text", args.text)
-    path = args.model or default_model()
-    tokenizer = folder_tokenizer(path) if Path(path).is_dir() else None
-    if tokenizer is None:
-        with checkpoint(path) as found:
-            tokenizer = found.tokenizer
-    if tokenizer is None:
-        raise LlamaError(path, "tokenizer", "none", "a model with one, or a folder with one")
+    tokenizer = load_tokenizer(args.model or default_model())
     ids = [tokenizer.bos, *tokenizer.encode(args.text, args.special), tokenizer.eos]
     names = {i: name for name, i in tokenizer.specials.items()}
     for i in (i for i in ids if i is not None):

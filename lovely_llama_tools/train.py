@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from lovely_llama import Block, Config, LlamaError, check, count, learning_rate
+from lovely_llama import Block, Config, check, count, learning_rate
 
 from .data import Batch, Corpus, Split, ahead, prepare
-from .files import checkpoint, load
+from .files import load, load_tokenizer
 from .formats import Model, check_memory
 from .generate import generate
 from .interrupts import ending
@@ -39,7 +39,7 @@ from .learn import (
 from .options import add_command
 from .runs import BEST, RUN, State, agree, held, keep, of_step, read_back, read_fields, steps, write_json
 from .settings import Settings, add_options, fingerprints, new_config, recipe_of, row_length, settle, versions
-from .tokens import Tokenizer, fit, folder_tokenizer
+from .tokens import fit
 
 DATA, ROW = "data", 3  # the folder of tokens in a run; steps in a row that may be skipped before it ends
 STD = 0.02  # of `init`
@@ -140,9 +140,13 @@ def started(
 def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corpus, Config, Learner]:
     """The data, and a learner before its first step; or only the shapes of what it learns."""
     base = load(settings.init_from, "float32") if settings.init_from else None
-    tokenizer = named_tokenizer(settings.tokenizer) or (base.tokenizer if base else None)
+    named = settings.tokenizer
+    if named and named not in ("chars", "bpe"):  # which are yet to be learned
+        tokenizer = load_tokenizer(named)
+    else:
+        tokenizer = named or (base.tokenizer if base else None)
     if base and tokenizer and not isinstance(tokenizer, str):
-        tokenizer = fit(tokenizer, base.config.vocab, settings.tokenizer or settings.init_from)
+        tokenizer = fit(tokenizer, base.config.vocab, named or settings.init_from)
     corpus = prepare(
         settings.data, folder / DATA, tokenizer=tokenizer, vocab=settings.vocab,
         seq=row_length(settings, base.config if base else None), fraction=settings.val_fraction, pack=settings.pack,
@@ -162,19 +166,6 @@ def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corp
     if not shapes_alone:
         return corpus, config, begin(rng)
     return corpus, config, jax.eval_shape(begin, rng)._replace(base=params if settings.lora else None)
-
-
-def named_tokenizer(path: str | None) -> Tokenizer | str | None:
-    """The tokenizer of a model or of a folder; chars and bpe are yet to be learned."""
-    if path in (None, "chars", "bpe"):
-        return path
-    tokenizer = folder_tokenizer(path) if Path(path).is_dir() else None
-    if tokenizer is None:
-        with checkpoint(path) as found:
-            tokenizer = found.tokenizer
-    if tokenizer is None:
-        raise LlamaError(path, "tokenizer", "none", "a model with one, a folder with one, chars or bpe")
-    return tokenizer
 
 
 def base_fingerprint(learner: Learner) -> dict[str, str]:
