@@ -61,7 +61,7 @@ class Part(NamedTuple):
     dtype: Any
     offset: int  # in bytes, of the first id
     size: int  # in ids
-    state: tuple[int, int]  # its size, and when it was last changed
+    state: tuple[int, int, int]  # see `state_of`
 
 
 class Tokens:
@@ -113,7 +113,8 @@ def read_part(part: Part, at: int, size: int, vocab: int) -> Integer[np.ndarray,
         state, data = state_of(part.number), os.pread(part.number, size * width, where)
     except OSError as error:
         raise LlamaError(part.file, "path", error.strerror, "a file that can be read") from error
-    check("size", f"{state[0]} bytes, changed since it was opened", state == part.state, f"{part.state[0]}", part.file)
+    got, wanted = f"{state[0]} bytes, changed since it was opened", f"{part.state[0]}, unchanged"
+    check("size", got, state == part.state, wanted, part.file)
     check("size", f"no more at byte {where + len(data)}", len(data) == size * width, "as when opened", part.file)
     ids = np.frombuffer(data, part.dtype)
     if ids.max() >= vocab or ids.min() < 0:
@@ -123,10 +124,10 @@ def read_part(part: Part, at: int, size: int, vocab: int) -> Integer[np.ndarray,
     return ids
 
 
-def state_of(number: int) -> tuple[int, int]:
-    """The size of an open file, and when it was last changed."""
+def state_of(number: int) -> tuple[int, int, int]:
+    """The size of an open file, when it was last written to, and when that time or its name was last changed."""
     stat = os.fstat(number)
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def open_part(path: Path, dtype: str) -> Part:
