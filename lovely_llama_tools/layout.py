@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from lovely_llama import (
     is_whole,
     shapes,
 )
+
+THREADS = 4  # tensors that are read at a time; more would need more memory
 
 
 class Layout(NamedTuple):
@@ -72,7 +75,8 @@ def from_named(
 ) -> Params:
     """Parameters from the tensors that `get` finds by name. Linear, so gradients can be converted the same way.
 
-    `put` makes the jax array of each, from its name and from rows in our order.
+    `put` makes the jax array of each, from its name and from rows in our order. Threads take one tensor each: the
+    system provides pages of memory when they are first written, which takes as long as copying.
     """
 
     def of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
@@ -83,7 +87,9 @@ def from_named(
             array = array.reshape(*heads, 2, width // 2, dim).swapaxes(-3, -2)
         return put(name, array.reshape(leaf.shape))
 
-    return jax.tree.map_with_path(of, shapes(config))
+    wanted, tree = jax.tree.flatten_with_path(shapes(config))
+    with ThreadPoolExecutor(THREADS) as threads:
+        return tree.unflatten(threads.map(of, *zip(*wanted, strict=True)))
 
 
 def copied(array: Any) -> Array:

@@ -4,7 +4,6 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,7 +20,7 @@ from ..layout import NAMES, Layout, all_tensors, from_named
 from ..tokens import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
-PIECE = 2**20  # elements of a tensor that a thread copies at a time
+PIECE = 2**18  # elements of a tensor that are copied and checked at a time, while they are in the cache
 
 
 class Model(NamedTuple):
@@ -85,23 +84,28 @@ def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 
 
 def owned(array: Float[np.ndarray, "..."], dtype: Any, name: str, file: object) -> Float[np.ndarray, "..."]:
-    """A copy in memory pages of its own, which jax takes over on a CPU as they are. NaN and ∞ are refused.
-
-    The system provides pages when they are first written, which takes as long as the copying: threads share it.
-    """
+    """A copy in memory pages of its own, which jax takes over on a CPU as they are. NaN and ∞ are refused."""
     memory = mmap.mmap(-1, array.size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    source, copy = array.reshape(-1), np.frombuffer(memory, dtype)
-
-    def piece(begin: int) -> bool:
+    source, copy, good = array.reshape(-1), np.frombuffer(memory, dtype), True
+    for begin in range(0, array.size, PIECE):
         part = slice(begin, begin + PIECE)
         with np.errstate(over="ignore"):
             copy[part] = source[part]
-        return bool(np.isfinite(widened(copy[part])).all())
-
-    with ThreadPoolExecutor() as threads:
-        good = all(threads.map(piece, range(0, array.size, PIECE)))
+        good = good and bool(np.isfinite(widened(copy[part])).all())
     check(name, f"NaN or ∞ in {dtype}", good, "finite numbers", file)
     return copy.reshape(array.shape)
+
+
+def read_at(
+    file: BinaryIO, path: Path, name: str, begin: int, dtype: Any, n: int
+) -> np.ndarray[tuple[int], np.dtype[Any]]:
+    """The n numbers of a tensor from a byte on. Several threads may read the same file."""
+    data = np.empty(n, dtype)
+    view, done = data.view(np.uint8).data, 0
+    while done < data.nbytes and (read := os.preadv(file.fileno(), [view[done:]], begin + done)):
+        done += read
+    check(name, f"{done} bytes", done == data.nbytes, f"{data.nbytes}: the file has been changed", path)
+    return data
 
 
 def finite(array: Float[np.ndarray, "..."], name: str, file: object) -> Float[np.ndarray, "..."]:

@@ -17,7 +17,7 @@ from lovely_llama import Config, Sampling, check, check_tensors
 from ..extras import extra, progress
 from ..layout import GGUF, all_tensors, to_named
 from ..tokens import gguf_tokenizer, tokenizer_fields
-from . import DTYPES, Checkpoint, Model, Tensor, blamed_on, finite, narrowed, widened
+from . import DTYPES, Checkpoint, Model, Tensor, blamed_on, finite, narrowed, read_at, widened
 from .gguf_header import Stored, read_header, shortest
 from .gguf_rope import FREQUENCIES, OWN, OWN_PREFIX, factors_of, read_scaling, scaling_of, write_scaling
 
@@ -140,8 +140,7 @@ def gguf_sampling(fields: Fields, vocab: int) -> Sampling | None:
 def read_tensor(tensors: Mapping[str, Stored], path: Path, name: str) -> Float[np.ndarray, "..."]:
     """A tensor in float32, float16 or bfloat16 as it is stored, or dequantised to float32."""
     tensor = tensors[name]
-    tensor.file.seek(tensor.begin)
-    raw = np.fromfile(tensor.file, np.uint8, tensor.size)
+    raw = read_at(tensor.file, path, name, tensor.begin, np.uint8, tensor.size)
     if tensor.kind in PLAIN:
         return raw.view(PLAIN[tensor.kind]).reshape(tensor.shape)
     lib = extra("gguf", "chat")

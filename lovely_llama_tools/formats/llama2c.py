@@ -18,7 +18,7 @@ from lovely_llama import Config, LlamaError, Params, check
 
 from ..layout import LLAMA2C, NAMES, all_tensors, from_arrays, to_arrays, to_named
 from ..tokens import Tokenizer, bin_tokenizer, folder_tokenizer, tokenizer_bin, tokenizer_files
-from . import Checkpoint, Model, Tensor, blamed_on, narrowed, open_file
+from . import Checkpoint, Model, Tensor, blamed_on, narrowed, open_file, read_at
 
 MAGIC = b"24ka"  # of versions 1 and 2; version 0 has none
 SIZES = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
@@ -133,20 +133,14 @@ def open_llama2c(path: Path, files: ExitStack) -> Checkpoint:
     for name, shape in shapes.items():
         places[name], offset = offset, offset + header.bytes_of(shape)
 
-    def read(name: str, kind: str, n: int) -> np.ndarray[tuple[int], np.dtype[Any]]:
-        array = np.fromfile(file, kind, n)
-        check(name, f"{array.size} numbers", array.size == n, n, path)  # as it was when it was opened
-        return array
-
     def get(name: str) -> Float[np.ndarray, "..."]:
-        shape = shapes[name]
+        shape, begin, read = shapes[name], places[name], partial(read_at, file, path, name)
         n = math.prod(shape)
-        file.seek(places[name])
         if not header.quantised(shape):
-            return read(name, "<f4", n).reshape(shape)
-        values = read(name, "i1", n).reshape(-1, header.group)
+            return read(begin, "<f4", n).reshape(shape)
+        values = read(begin, "i1", n).reshape(-1, header.group)
         with np.errstate(all="ignore"):  # what is not finite is refused by name, and without numpy's warning
-            return (values * read(name, "<f4", len(values))[:, None]).reshape(shape)
+            return (values * read(begin + n, "<f4", len(values))[:, None]).reshape(shape)
 
     stated = {"version": header.version, **header.sizes, "shared_classifier": header.tied}
     stated |= {"group_size": header.group} if header.group else {}

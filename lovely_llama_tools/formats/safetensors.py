@@ -16,6 +16,7 @@ from jaxtyping import Float
 from lovely_llama import check, is_whole
 
 from ..strict_json import read_json
+from . import read_at
 
 KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 HEADER = 2**21  # bytes; those of a Llama of a thousand layers need half of that
@@ -66,13 +67,8 @@ def are_sizes(values: Any) -> bool:
 
 
 def read_tensor(file: BinaryIO, path: Path, name: str, place: Place) -> Float[np.ndarray, "..."]:
-    """One tensor, as it is stored. Several threads may read the same file."""
-    data = np.empty(math.prod(place.shape), KINDS[place.dtype])
-    view, done = data.view(np.uint8).data, 0
-    while done < data.nbytes and (read := os.preadv(file.fileno(), [view[done:]], place.begin + done)):
-        done += read
-    check(name, f"{done} bytes", done == data.nbytes, f"{data.nbytes}: the file has been changed", path)
-    return data.reshape(place.shape)
+    """One tensor, as it is stored."""
+    return read_at(file, path, name, place.begin, KINDS[place.dtype], math.prod(place.shape)).reshape(place.shape)
 
 
 def write_safetensors(

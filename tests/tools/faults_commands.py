@@ -190,8 +190,8 @@ UNTOLD = {"lovely_llama_tools.files:opener": "lambda path: path.is_dir() or orig
 # Memory-mapped files, and arrays that are not copied.
 MAPPED = {
     "lovely_llama_tools.formats:owned": "lambda array, *_: array",
-    "lovely_llama_tools.formats.gguf:np": "type('Mapped', (), {'__getattr__': lambda _, name: (lambda file, kind, n: "
-    "original.memmap(file.name, kind, 'r', file.tell(), (n,))) if name == 'fromfile' else getattr(original, name)})()",
+    "lovely_llama_tools.formats.gguf:read_at": "lambda file, path, name, begin, kind, n: "
+    "__import__('numpy').memmap(path, kind, 'r', begin, (n,))",
     "lovely_llama_tools.layout:jnp": "type('Bare', (), {'__getattr__': lambda _, name: (lambda array, dtype: "
     "jax.device_put(array)) if name == 'asarray' else getattr(original, name)})()",
 }

@@ -453,7 +453,7 @@ CASES: dict[str, Case] = {
             "no data": bad(cut(header), EMBED, end=Unlike, made=True),
             "half of the data": bad(
                 cut(lambda f: header(f) + len(f.data) // 2), "blk.0.attn_k.weight", end=Unlike, made=True),
-            "a byte less": bad(cut(lambda f: len(f.pack()) - 1), "output_norm.weight", end=ValueError, made=True),
+            "a byte less": bad(cut(lambda f: len(f.pack()) - 1), "output_norm.weight", made=True),
             "NaN": bad(number(DOWN, math.nan), DOWN),
             "infinity": bad(number(EMBED, -math.inf), EMBED),
             **{
