@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
-from .interrupts import SIGNALS, taken
+from .interrupts import PARENT, SIGNALS, taken
 
 PROGRAMS = 2**28  # bytes of compiled programs that are kept; the least recently used go first
 
@@ -19,6 +19,7 @@ def leave_on_interrupt() -> None:
     """Exit with 130 on Ctrl-C and 143 on SIGTERM at once, even during a compilation, unless something else ends on it.
 
     Python's own handlers wait until the compiler returns, but the signal's number is written to a pipe immediately.
+    Where there is a parent, it passes signals on, so that one that was sent to both counts once.
     """
     import termios
 
@@ -26,13 +27,20 @@ def leave_on_interrupt() -> None:
     os.set_blocking(tell, False)
     for number in SIGNALS:
         signal.signal(number, lambda _, __: None)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    if parent := os.environ.get(PARENT):
+        listen = int(parent)
+    else:
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     terminal = termios.tcgetattr(0) if os.isatty(0) else None
     shown = os.dup(2) if cast(Any, sys.stderr) else os.open(os.devnull, os.O_WRONLY)  # while 2 itself may be redirected
 
     def wait() -> None:
-        while (number := os.read(listen, 1)[0]) not in SIGNALS or taken(number):
-            pass
+        while said := os.read(listen, 1):
+            if (number := said[0]) in SIGNALS and not taken(number):
+                break
+        else:
+            if taken(number := signal.SIGTERM):  # the parent has ended, and will not say more
+                return
         if terminal:
             termios.tcsetattr(0, termios.TCSANOW, terminal)
         if number == signal.SIGINT:  # whose ^C a terminal shows
@@ -103,12 +111,15 @@ def keep_programs(folder: Path) -> None:
 def run() -> int:
     """The command line, as a program of its own."""
     leave_on_interrupt()
+    from .cluster import leave
     from .commands import main
 
     for stream in filter(None, cast(Any, (sys.stdout, sys.stderr))):  # None: closed
         stream.reconfigure(errors="backslashreplace")
     keep_programs(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lovely-llama")
-    return main()
+    status = main()
+    leave(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ class Split:
     def __init__(self, count: int, seq: int, rows: Sequence[int]) -> None:
         self.count, self.seq, self.rows = count, seq, rows
 
-    def batch(self, seed: int, step: int, rows: int) -> Batch:
-        """The batch of a step, a pure function of its arguments."""
-        return self.read(self.choose(seed, step, rows), rows)
+    def batch(self, seed: int, step: int, rows: int, own: Sequence[int] | None = None) -> Batch:
+        """The batch of a step, or its own rows of it: a pure function of the arguments."""
+        chosen = self.choose(seed, step, rows)
+        return self.read(chosen if own is None else [chosen[row] for row in own], rows if own is None else len(own))
 
     def sweep(self, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """All in order, or its first `limit` batches. The last is filled up with rows without targets."""

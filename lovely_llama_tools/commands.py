@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from lovely_llama import LlamaError, __version__
 
-from . import convert, evaluate, inspect, plot, talk, tokenize, train
+from . import convert, evaluate, inspect, launch, plot, talk, tokenize, train
+from .interrupts import tell
 from .options import DEBUG, Arguments
 
-COMMANDS = (talk, train, evaluate, plot, convert, inspect, tokenize)
+COMMANDS = (talk, train, launch, evaluate, plot, convert, inspect, tokenize)
 
 
 def arguments() -> Arguments:
@@ -30,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = arguments().parse_args(argv)
         return args.run(args) or 0
     except BrokenPipeError:  # the reader of stdout has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if "--debug" in argv:
             raise
         known = isinstance(error, LlamaError | OSError | ArithmeticError)
         said = str(error) if known else f"{type(error).__name__}: {error}"
-        print("error: " + " ".join(said.split()), file=sys.stderr)
+        line = "error: " + " ".join(said.split())
+        if not tell(line):
+            print(line, file=sys.stderr)
         return 2 if isinstance(error, LlamaError) else 1
     return 0

@@ -72,6 +72,25 @@ class Journal:
             self.board.flush()
 
 
+class Quiet(Journal):
+    """That of a process which writes nothing."""
+
+    def __init__(self) -> None:
+        self.owed = {}
+
+    def line(self, text: str, end: str = "\n") -> None:
+        """Nothing."""
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sample(self, step: int, text: str) -> None:
+        """Nothing."""
+
+    def draw(self) -> None:
+        """Nothing."""
+
+
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines of steps beyond this one, which are to come again, and one that was cut short; return them."""
     rows = list[dict[str, Any]]()

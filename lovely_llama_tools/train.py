@@ -2,26 +2,32 @@
 
 import argparse
 import hashlib
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
 from lovely_llama import Block, Config, check, count, learning_rate
 
+from .children import again, watched
+from .cluster import agree_on, code, gathered, in_turn, index, joined, largest, own_rows, processes, several, spread
 from .data import Batch, Corpus, Split, ahead, prepare
 from .files import load, load_tokenizer
 from .formats import Model, check_memory
 from .generate import generate
-from .interrupts import ending
-from .journal import Journal, journal
+from .interrupts import PARENT, ending
+from .journal import Journal, Quiet, journal
 from .learn import (
     Learner,
     Recipe,
@@ -43,6 +49,7 @@ from .tokens import fit
 
 DATA, ROW = "data", 3  # the folder of tokens in a run; steps in a row that may be skipped before it ends
 STD = 0.02  # of `init`
+PATHS = ("data", "init_from", "tokenizer")  # which may differ from machine to machine
 
 
 def add(commands: Any) -> None:
@@ -59,15 +66,20 @@ def add(commands: Any) -> None:
 
 
 class Stop:
-    """Set by a signal, read between steps."""
+    """Set by a signal, read between steps. Of several processes all stop after the same one."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = self.seen = 0  # what all stop on; what this process has been sent
 
     def take(self, number: int) -> bool:
         """The first signal lets the step end; on a second the process ends."""
-        first, self.signal = not self.signal, number
+        first, self.seen = not self.seen, number
         return first
+
+    def asked(self) -> bool:
+        """Whether to stop. All processes ask at the same point."""
+        self.signal = largest(self.seen)
+        return bool(self.signal)
 
 
 class Run(NamedTuple):
@@ -81,23 +93,33 @@ class Run(NamedTuple):
     fingerprints: dict[str, Any]
     stop: Stop
     book: Journal
+    rows: NamedSharding | None  # of a batch over several processes
 
 
 def train(args: argparse.Namespace) -> int:
     """Begin a run, or resume one. The exit status is 128 + n if signal n ended it early."""
+    if several() and PARENT not in os.environ:
+        return watched(again(sys.argv[1:]), [{}], math.inf)  # a parent for this process
     folder, stop = Path(args.out), Stop()
     settings = settle(args, {} if args.resume is None else read_fields(folder / RUN)["options"])
     at = chosen_step(folder, args.resume)
     with ExitStack() as stack:
         stack.enter_context(ending(stop.take))
-        stack.enter_context(held(folder))
-        if args.resume is None:
+        stack.enter_context(joined(args.debug))
+        writes = index() == 0
+        if writes:
+            stack.enter_context(held(folder))
+        if writes and args.resume is None:
             check_new(folder)
+        agree_on({"code": code(), **{name: value for name, value in settings._asdict().items() if name not in PATHS}})
         corpus, config, learner, state, marks = started(folder, settings, at, args.allow)
+        agree_on({**marks, "weights": digest_of(learner), "versions": ""})
+        learner, rows = over_all(learner, settings)
         options = {"options": settings._asdict(), "config": asdict(config), "fingerprints": marks}
-        write_json(folder / RUN, {**options, "versions": versions()})
-        book = stack.enter_context(journal(folder, state, settings.steps))
-        run = Run(folder, settings, corpus, config, recipe_of(settings, config), marks, stop, book)
+        if writes:
+            write_json(folder / RUN, {**options, "versions": versions()})
+        book = stack.enter_context(journal(folder, state, settings.steps) if writes else nullcontext(Quiet()))
+        run = Run(folder, settings, corpus, config, recipe_of(settings, config), marks, stop, book, rows)
         if at is None:
             save(run, learner, state)  # which shows that it can be done
         return finish(run, course(run, learner, state))
@@ -147,10 +169,11 @@ def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corp
         tokenizer = named or (base.tokenizer if base else None)
     if base and tokenizer and not isinstance(tokenizer, str):
         tokenizer = fit(tokenizer, base.config.vocab, named or settings.init_from)
-    corpus = prepare(
-        settings.data, folder / DATA, tokenizer=tokenizer, vocab=settings.vocab,
-        seq=row_length(settings, base.config if base else None), fraction=settings.val_fraction, pack=settings.pack,
-    )  # fmt: skip
+    with in_turn("data"):
+        corpus = prepare(
+            settings.data, folder / DATA, tokenizer=tokenizer, vocab=settings.vocab,
+            seq=row_length(settings, base.config if base else None), fraction=settings.val_fraction, pack=settings.pack,
+        )  # fmt: skip
     config = base.config if base else new_config(settings, corpus.vocab)
     check("vocab", corpus.vocab, corpus.vocab <= config.vocab, f"at most {config.vocab}, the model's", "data")
     check("lora", settings.lora, (settings.lora or 1) <= config.dim, f"at most the width, {config.dim}")
@@ -170,12 +193,25 @@ def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corp
 
 def base_fingerprint(learner: Learner) -> dict[str, str]:
     """The SHA-256 of the parameters that adapters belong to."""
-    if learner.base is None:
-        return {}
+    return {} if learner.base is None else {"base": digest_of(learner.base)}
+
+
+def digest_of(arrays: Any) -> str:
+    """The SHA-256 of arrays."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(learner.base):
+    for leaf in jax.tree.leaves(arrays):
         digest.update(np.ascontiguousarray(leaf).data)
-    return {"base": digest.hexdigest()}
+    return digest.hexdigest()
+
+
+def over_all(learner: Learner, settings: Settings) -> tuple[Learner, NamedSharding | None]:
+    """The learner on the devices of all processes, if there are several, and how they divide a batch."""
+    if processes() == 1:
+        return learner, None
+    devices = jax.device_count()
+    check("batch", settings.batch, settings.batch % devices == 0, f"a multiple of {devices}, the number of devices")
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.device_put(learner, NamedSharding(mesh, P())), NamedSharding(mesh, P("data"))
 
 
 # ---- The course of a run ---------------------------------------------------------------------------------------------
@@ -187,9 +223,10 @@ def course(run: Run, learner: Learner, state: State) -> State:
     if state.owed and not over(run, state):
         state = evaluated(run, learner, state, run.book.owed)
         save(run, learner, state)
-    batches = ahead(lambda n: run.corpus.train.batch(s.seed, n, s.batch), range(state.step, s.steps))
+    own = own_rows(run.rows, s.batch, run.corpus.train.seq) if run.rows else range(s.batch)
+    batches = ahead(lambda n: run.corpus.train.batch(s.seed, n, s.batch, own), range(state.step, s.steps))
     for batch in () if over(run, state) else batches:
-        learner, state, row = advanced(run, learner, state, batch)
+        learner, state, row = advanced(run, learner, state, rows_of(run, batch, own))
         last = state.step == s.steps
         if last or state.step % cast(int, s.eval_every) == 0:
             state = evaluated(run, learner, state, row)
@@ -209,14 +246,13 @@ def over(run: Run, state: State) -> bool:
     """Whether a run is to end here."""
     patience = run.settings.patience
     tired = patience is not None and state.stale >= patience
-    return bool(run.stop.signal) or tired or (state.step >= run.settings.steps and not state.owed)
+    return run.stop.asked() or tired or (state.step >= run.settings.steps and not state.owed)
 
 
-def advanced(run: Run, learner: Learner, state: State, batch: Batch) -> tuple[Learner, State, dict[str, Any]]:
+def advanced(run: Run, learner: Learner, state: State, rows: tuple[Any, ...]) -> tuple[Learner, State, dict[str, Any]]:
     """One step on: the learner, the state and the line for metrics.jsonl."""
     s, began = run.settings, time.perf_counter()
     rate = learning_rate(state.step, s.lr, cast(int, s.warmup), s.steps, cast(float, s.final_lr))
-    rows = rows_of(batch)
     trained, moments, report = step(
         learner.base, learner.trained, learner.moments, cast(Any, np.float32(rate)), rows, run.recipe
     )
@@ -234,12 +270,13 @@ def advanced(run: Run, learner: Learner, state: State, batch: Batch) -> tuple[Le
             f"{run.folder}: loss: got {loss} in {ROW} steps in a row, expected numbers; see {last}"
         )
     row = {"step": state.step, "train_loss": loss, "lr": rate, "grad_norm": norm}
-    return Learner(learner.base, trained, moments), state, {**row, "tokens_per_s": batch.tokens.size / took}
+    return Learner(learner.base, trained, moments), state, {**row, "tokens_per_s": rows[0].size / took}
 
 
-def rows_of(batch: Batch) -> Any:
-    """The arrays of a batch."""
-    return tuple(ids for ids in batch if ids is not None)
+def rows_of(run: Run, batch: Batch, own: Sequence[int]) -> tuple[Any, ...]:
+    """The arrays of a batch, of which this process has its own rows."""
+    arrays = [ids for ids in batch if ids is not None]
+    return tuple(spread(ids, own, run.settings.batch, run.rows) if run.rows else ids for ids in arrays)
 
 
 def evaluated(run: Run, learner: Learner, state: State, row: dict[str, Any]) -> State:
@@ -256,7 +293,9 @@ def evaluated(run: Run, learner: Learner, state: State, row: dict[str, Any]) -> 
         state, row = state._replace(**best), {**row, "val_loss": loss}
     run.book.step(row)
     if run.settings.sample:
-        run.book.sample(state.step, sample(run, learner))
+        whole = gathered(learner)
+        if index() == 0:
+            run.book.sample(state.step, sample(run, whole))
     run.book.draw()
     return state
 
@@ -265,10 +304,10 @@ def validation_loss(run: Run, learner: Learner, split: Split) -> float:
     """The mean loss over the validation data, or over as many batches as are asked for."""
     total, targets = 0.0, 0
     for batch in split.sweep(run.settings.batch, run.settings.eval_batches):
-        if run.stop.signal:
+        if run.stop.asked():
             break
         n = int((batch.targets >= 0).sum())
-        loss = batch_loss(learner.base, learner.trained, rows_of(batch), run.recipe)
+        loss = batch_loss(learner.base, learner.trained, rows_of(run, batch, range(run.settings.batch)), run.recipe)
         total, targets = total + n * float(loss), targets + n
     return total / max(targets, 1)
 
@@ -289,13 +328,16 @@ def sample(run: Run, learner: Learner) -> str:
     parts = list[str]()
     for part in generate(model, start or newlines[:1] or [0], room, seed=run.settings.seed):
         parts.append(part if isinstance(part, str) else f"{part} ")
-        if run.stop.signal:
+        if run.stop.seen:
             break
     return "".join(parts)
 
 
 def save(run: Run, learner: Learner, state: State) -> None:
     """Write a checkpoint."""
+    learner = gathered(learner)
+    if index():
+        return
     stored = to_stored(learner, run.config)
     keep(run.folder, whole(run, learner), stored, state, run.fingerprints, run.settings.keep)
 
@@ -308,6 +350,8 @@ def finish(run: Run, state: State) -> int:
         run.book.line(f"interrupted after {state.step} steps{skipped}; {where} is saved, --resume goes on")
         return 128 + run.stop.signal
     run.book.line(f"{state.step} steps{skipped}")
+    if index():
+        return 0
     if state.best is None:
         print(of_step(run.folder, state.step))
     else:

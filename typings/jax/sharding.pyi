@@ -36,6 +36,9 @@ class PartitionSpec:
 class Sharding:
     @property
     def device_set(self) -> set[Device]: ...
+    def addressable_devices_indices_map(
+        self, global_shape: tuple[int, ...]
+    ) -> dict[Device, tuple[slice, ...] | None]: ...
 
 class NamedSharding(Sharding):
     def __init__(self, mesh: Mesh, spec: PartitionSpec) -> None: ...

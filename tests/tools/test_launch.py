@@ -1,0 +1,233 @@
+"""Processes that train one model: how they are started, watched and ended; and that together they train as one does."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import assert_same, hasten, rows, words, write_sums
+
+from lovely_llama_tools import children
+from lovely_llama_tools.children import watched
+from lovely_llama_tools.commands import main
+from lovely_llama_tools.interrupts import PARENT, taken
+from lovely_llama_tools.launch import places
+from lovely_llama_tools.runs import steps
+
+
+@pytest.fixture(autouse=True)
+def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "GRACE", 0.5)
+
+
+# ---- The parent, with processes that only play their part ------------------------------------------------------------
+
+PLAYER = f"""
+import os, signal, sys, time
+def tell(line):
+    os.write(int(os.environ["{PARENT}"]), line.encode() + b"\\n")
+def heard():
+    return os.read(int(os.environ["{PARENT}"]), 1)[0]
+def end(number):
+    os.kill(os.getpid(), number)
+exec(os.environ["PART"])
+"""
+JOIN = "tell('here'); tell('joined ' + os.environ['INDEX']); "
+WORK = JOIN + "time.sleep(100)"
+
+
+def play(*parts: str, wait: float = 25.0) -> int:
+    """Processes with these parts."""
+    return watched(
+        [sys.executable, "-I", "-S", "-c", PLAYER],
+        [{"PART": part, "INDEX": str(i)} for i, part in enumerate(parts)],
+        wait,
+    )
+
+
+def ends_in(capfd: pytest.CaptureFixture[str], line: str, *parts: str, wait: float = 25.0) -> None:
+    """The parent says this about processes with these parts, and leaves none behind."""
+    with pytest.raises(ChildProcessError) as caught:
+        play(*parts, wait=wait)
+    assert str(caught.value) == f"launch: {line}"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_process_0_is_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    """And all have ended when the parent does."""
+    say = JOIN + "print('mine'); print('too', file=sys.stderr)"
+    assert play(say, say, say + "; time.sleep(0.3)") == 0
+    assert capfd.readouterr() == ("mine\n", "too\n")
+
+
+def test_one_that_is_killed_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
+    for parts in ((WORK, JOIN + "end(9)"), (WORK, "end(9)"), (WORK, WORK, JOIN + "end(9)")):
+        line = f"process {len(parts) - 1}: got signal 9, expected status 0; --resume goes on"
+        ends_in(capfd, line, *parts)
+    ends_in(capfd, "process 0: got status 7, expected status 0; --resume goes on", JOIN + "sys.exit(7)", WORK)
+
+
+def test_who_is_killed_is_to_blame_before_those_whom_that_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    """The runtime aborts them, or they say that they lost a connection, perhaps before the parent has looked."""
+    lost = JOIN + "time.sleep(0.3); tell('error: connection lost'); sys.exit(1)"
+    line = "process 1: got signal 9, expected status 0; --resume goes on"
+    ends_in(capfd, line, lost, JOIN + "end(9)")
+    ends_in(capfd, line, JOIN + "time.sleep(0.3); end(6)", JOIN + "end(9)")
+
+
+def test_one_that_no_longer_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    """The runtime aborts those that wait for it, not itself."""
+    line = "process 0: got signal 6, of itself or for want of an answer by process 1, expected status 0"
+    ends_in(capfd, line + "; --resume goes on", JOIN + "end(6)", WORK)
+
+
+def test_a_line_of_one_or_of_all_is_shown_once(capfd: pytest.CaptureFixture[str]) -> None:
+    refuse = "tell('error: data: path: got no such file, expected a file'); sys.exit(2)"
+    for parts in ((refuse, refuse), (WORK, refuse), (refuse, WORK), (JOIN + refuse, JOIN + refuse)):
+        assert play(*parts) == 2
+        assert capfd.readouterr() == ("", "error: data: path: got no such file, expected a file\n")
+    assert play(WORK, JOIN + "tell('error: no space'); sys.exit(1)") == 1
+    assert capfd.readouterr() == ("", "error: no space\n")
+
+
+def test_one_that_never_comes_or_never_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    line = "process 1: got no word in 1 seconds, expected it to join the others"
+    ends_in(capfd, line, "tell('here'); time.sleep(100)", "time.sleep(100)", wait=1.0)
+    ends_in(capfd, line, WORK, "tell('here'); time.sleep(100)", wait=1.0)
+    ends_in(capfd, "process 1: got no end within 1 seconds of process 0's, expected one", JOIN, WORK, wait=1.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_passed_on(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """To all; and they may take their time to save."""
+    save = JOIN + "n = heard(); time.sleep(0.3); print(n); sys.exit(128 + n)"
+    threading.Timer(0.5, taken, [number]).start()
+    assert play(save, save) == 128 + number
+    assert capfd.readouterr() == (f"{int(number)}\n", "")
+
+
+def test_a_second_signal_ends_all() -> None:
+    """And the parent, whose process ends where a signal is not taken."""
+    took = list[bool]()
+    for seconds in (0.5, 0.6):
+        threading.Timer(seconds, lambda: took.append(taken(signal.SIGINT))).start()
+    with pytest.raises(ChildProcessError):
+        play(WORK, WORK)
+    assert took == [True, False]
+
+
+def test_places() -> None:
+    """Each process has its number, and devices of its own."""
+    found = places(3, 2)
+    assert [place["JAX_PROCESS_ID"] for place in found] == ["0", "1", "2"]
+    assert [place["JAX_LOCAL_DEVICE_IDS"] for place in found] == ["0,1", "2,3", "4,5"]
+    assert len({place["JAX_COORDINATOR_ADDRESS"] for place in found}) == 1
+    assert found[0]["JAX_COORDINATOR_BIND_ADDRESS"].startswith("127.0.0.1:")
+
+
+# ---- Two processes that train ----------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "--layers 1 --dim 8 --heads 2 --hidden-dim 12 --ctx 8 --batch 4 --sample 3 --lr 1e-2 --warmup 2"
+COURSE = "--steps 24 --save-every 4 --eval-every 8"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # it runs for seconds
+
+
+class Runs:
+    """Command lines in processes of their own, which share their compiled programs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.text = folder, write_sums(folder / "sums.txt", 60)
+
+    def start(self, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
+        own = {"XDG_CACHE_HOME": str(self.folder), "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "lovely_llama_tools", *map(str, arguments)],
+            env=os.environ | own | environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def launch(self, *arguments: object) -> "subprocess.Popen[str]":
+        """Two processes."""
+        return self.start("launch", "-n", 2, "--", *words(*arguments))
+
+    def wait_for(self, run: Path, step: int, process: "subprocess.Popen[str]") -> None:
+        """Wait for a step of a run."""
+        while not any(row["step"] >= step for row in (rows(run) if (run / "metrics.jsonl").exists() else [])):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+
+
+def kill(parent: "subprocess.Popen[str]", number: int) -> None:
+    """Kill a process of those that have this parent."""
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    os.kill(int(children[number]), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A run of two processes that nothing disturbs, in the folder "whole"."""
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    process = runs.launch(runs.text, MODEL, COURSE, "--out", runs.folder / "whole")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.startswith(f"{runs.folder / 'whole' / 'best'}: validation loss")
+    assert err.count("sample: ") == 3 and err.endswith("\n24 steps\n") and "Gloo" not in err
+    return runs
+
+
+def test_two_processes_train_as_one(both: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its rows of a batch; the losses and gradients are those of one process with all of it."""
+    hasten(monkeypatch)
+    assert main(words(both.text, MODEL, COURSE, "--out", tmp_path / "run")) == 0
+    for name in ("train_loss", "grad_norm", "val_loss"):
+        one, two = (
+            [row[name] for row in rows(run) if name in row] for run in (tmp_path / "run", both.folder / "whole")
+        )
+        np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert len(rows(both.folder / "whole")) == 24
+
+
+def test_killed_interrupted_and_resumed_they_come_to_the_same_bits(both: Runs) -> None:
+    run = both.folder / "run"
+    process = both.launch(both.text, MODEL, COURSE, "--out", run)
+    both.wait_for(run, 7, process)
+    kill(process, 1)
+    out, err = process.communicate()
+    line = "error: launch: process 1: got signal 9, expected status 0; --resume goes on"
+    assert (process.returncode, out, err.splitlines()[-1]) == (1, "", line)
+    assert err.count("error") == 1 and "Traceback" not in err
+    process = both.launch("--resume", "--out", run)
+    both.wait_for(run, 13, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    last = steps(run)[-1]
+    line = f"interrupted after {last} steps; {run / f'step-{last}'} is saved, --resume goes on"
+    assert (process.returncode, out, err.splitlines()[-1]) == (143, "", line)
+    process = both.launch("--resume", "--out", run)
+    process.communicate()
+    assert process.returncode == 0
+    assert_same(run, both.folder / "whole")
+
+
+def test_a_scheduler_starts_them(both: Runs) -> None:
+    """Here one that looks like SLURM. Each process then has a parent of its own, which says how it ended."""
+    run, port = both.folder / "scheduled", 61440 + os.getpid() % 4096
+    shared = {
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2", "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+    }  # fmt: skip
+    arguments = words(both.text, MODEL, "--steps 9999 --eval-every 9999 --save-every 4", "--out", run)
+    tasks = [both.start(*arguments, **shared, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+    both.wait_for(run, 5, tasks[0])
+    kill(tasks[1], 0)
+    (out, err), (_, other) = (task.communicate() for task in tasks)
+    assert [task.returncode for task in tasks] == [1, 1] and not out
+    assert other == "error: launch: process 1: got signal 9, expected status 0; --resume goes on\n"
+    assert [line.startswith("step ") for line in err.splitlines()] == [True, False]
+    assert err.splitlines()[-1].startswith("error: ") and "***" not in err
