@@ -602,7 +602,7 @@ CASES: dict[str, Case] = {
             "compiling": signalled("step", 1, 2), "in a step": signalled("step", 3, 15, owed=True),
             "in an evaluation": signalled("batch_loss", 1, 2, owed=True), "saving": signalled("save", 2, 15),
             "twice": guarded(
-                twice, {"lovely_llama_tools.train:Stop.take": "lambda self, n: setattr(self, 'signal', n) is None"}
+                twice, {"lovely_llama_tools.train:Stop.take": "lambda self, n: setattr(self, 'seen', n) is None"}
             ),
         },
         trains,
