@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-install_import_hook(["lovely_llama", "lovely_llama_tools"], "beartype.beartype")  # checks every call in this process
+install_import_hook(["lovely_llama", "lovely_llama_tools"], "checker.check_types")  # checks every call in this process
 
 from builders import LLAMA2_C, RECORDED, Recording, load_recording  # noqa: E402 -- after the hook
 

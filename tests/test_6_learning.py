@@ -340,7 +340,7 @@ def test_a_run_of_llama2c_is_reproduced(recording: Recording, x64: None) -> None
 def test_the_curve_is_that_of_torch() -> None:
     """Fifty steps of `./dev curve`: transformers' model under torch's AdamW and clipping, on the same batches."""
     params = init(jax.random.key(0), curve.CONFIG)
-    left, right = list(curve.ours(params, 50)), list(curve.theirs(params, 50))
+    left, right = list(curve.ours(params, 50)), list(curve.theirs(params, curve.batches(50), curve.rates(50)))
     assert left[-1] < left[0] - 1
     assert max(abs(a - b) for a, b in zip(left, right, strict=True)) <= curve.BOUND
 

@@ -8,7 +8,7 @@ clip_grad_norm_. The text is the library's own source, read as bytes.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ CONFIG = ll.Config(
     rope_scaling=None, tied=True,
 )  # fmt: skip
 ROWS, PEAK, WARMUP, DECAY, LIMIT, BETAS, EPS = 8, 1e-3, 20, 0.1, 1.0, (0.9, 0.95), 1e-8
+Batch = tuple[Int[np.ndarray, "rows seq"], Int[np.ndarray, "rows seq"]]
 BOUND = 1e-5  # of the difference of two losses in nats; either is 1e-6 from the curve in float64
 
 
-def batches(steps: int) -> Int[np.ndarray, "steps rows seq"]:
-    """Windows of the text at random places, each with the token that follows its last."""
+def batches(steps: int) -> list[Batch]:
+    """Windows of the text at random places, and each token's successor."""
     text = np.frombuffer(Path(ll.__file__).read_bytes(), np.uint8).astype(np.int32)
     starts = np.random.default_rng(0).integers(len(text) - CONFIG.ctx, size=(steps, ROWS, 1))
-    return text[starts + np.arange(CONFIG.ctx + 1)]
+    return [(ids[:, :-1], ids[:, 1:]) for ids in text[starts + np.arange(CONFIG.ctx + 1)]]
 
 
 def rates(steps: int) -> list[float]:
@@ -49,31 +50,36 @@ def ours(params: ll.Params, steps: int) -> Iterator[float]:
     """The loss of each step, in the dtype of the parameters."""
 
     @jax.jit
-    def step(params: ll.Params, moments: ll.Moments, tokens: Any, rate: Any) -> tuple[Any, ll.Params, ll.Moments]:
-        loss, gradients = jax.value_and_grad(ll.loss)(params, tokens[:, :-1], tokens[:, 1:], CONFIG)
+    def step(
+        params: ll.Params, moments: ll.Moments, batch: tuple[Any, Any], rate: Any
+    ) -> tuple[Any, ll.Params, ll.Moments]:
+        loss, gradients = jax.value_and_grad(ll.loss)(params, *batch, CONFIG)
         return loss, *ll.adamw(params, ll.clip(gradients, LIMIT)[0], moments, rate, DECAY, BETAS, EPS)
 
     moments = ll.moments(params)
-    for tokens, rate in zip(batches(steps), rates(steps), strict=True):
-        loss, params, moments = step(params, moments, tokens, jnp.asarray(rate, params.norm.dtype))
+    for batch, rate in zip(batches(steps), rates(steps), strict=True):
+        loss, params, moments = step(params, moments, batch, jnp.asarray(rate, params.norm.dtype))
         yield float(loss)
 
 
-def theirs(params: ll.Params, steps: int) -> Iterator[float]:
+def theirs(
+    params: ll.Params, batches: Iterable[Batch], rates: Iterable[float], config: ll.Config = CONFIG,
+    decay: float = DECAY, betas: tuple[float, float] = BETAS,
+) -> Iterator[float]:  # fmt: skip
     """The loss of each step in torch. Gains of norms do not decay, there either."""
-    model: Any = LlamaForCausalLM(LlamaConfig(**config_to_hf(CONFIG)))
-    tensors = {name: torch.tensor(np.asarray(array)) for name, array in to_hf(params, CONFIG).items()}
+    model: Any = LlamaForCausalLM(LlamaConfig(**config_to_hf(config)))
+    tensors = {name: torch.tensor(np.asarray(array)) for name, array in to_hf(params, config).items()}
     model.load_state_dict(tensors, strict=False)  # a tied model has no unembedding of its own
     gains = [parameter for name, parameter in model.named_parameters() if "norm" in name]
     matrices = [parameter for name, parameter in model.named_parameters() if "norm" not in name]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=DECAY, betas=BETAS, eps=EPS)
-    for tokens, rate in zip(batches(steps), rates(steps), strict=True):
+    optimizer = torch.optim.AdamW(groups, weight_decay=decay, betas=betas, eps=EPS)
+    for batch, rate in zip(batches, rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids = torch.tensor(tokens, dtype=torch.long)
-        scores = model(ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten())
+        tokens, targets = (torch.tensor(ids, dtype=torch.long) for ids in batch)
+        scores = model(tokens, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
@@ -109,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev curve", description="The loss curve here and in torch.")
     parser.add_argument("--write", action="store_true", help="put it into docs/training.md, with docs/curve.png")
     write, params = parser.parse_args().write, ll.init(jax.random.key(0), CONFIG)
-    left, right = list(ours(params, 200)), list(theirs(params, 200))
+    left, right = list(ours(params, 200)), list(theirs(params, batches(200), rates(200)))
     text = table(left, right)
     print(text, end="")
     if write:

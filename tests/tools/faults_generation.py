@@ -187,7 +187,10 @@ def no_bos(world: World) -> None:
     list(generate(model, "", 3))
 
 
-BLIND = {"lovely_llama:choose": "lambda rng, at, logits, seen, s: (jax.random.categorical(rng, s(logits, seen)), seen)"}
+BLIND = {
+    "lovely_llama:choose": "jax.jit(lambda rng, at, logits, seen, sampling: "
+    "(jax.random.categorical(rng, sampling(logits, seen)), seen))"
+}
 
 
 def broken(prompt: Sequence[int], position: int, change: Callable[[Any], Any], sampling: Any = None) -> Variant:

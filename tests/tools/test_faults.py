@@ -26,6 +26,8 @@ from removal import remove
 
 from lovely_llama import choose
 from lovely_llama_tools import talk
+from lovely_llama_tools.files import load
+from lovely_llama_tools.formats import Model
 
 CASES: dict[str, Case] = {
     **faults_llama2c.CASES,
@@ -43,19 +45,25 @@ VARIANTS = [(case, name) for case in CASES for name in CASES[case].variants]
 
 
 @pytest.fixture(scope="module")
-def talkers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def talkers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Model]:
     folder = tmp_path_factory.mktemp("talkers")
-    return (
-        write_talker(folder / "talker.gguf"),
-        write_talker(folder / "endless.gguf", ctx=8192),
-        write_talker(folder / "french.gguf", "é"),
-    )
+    talker = write_talker(folder / "talker.gguf")
+    endless, french = write_talker(folder / "endless.gguf", ctx=8192), write_talker(folder / "french.gguf", "é")
+    return talker, endless, french, load(talker)
+
+
+@pytest.fixture(autouse=True)
+def fewer_optimisations() -> Generator[None]:
+    """Most programs here are run once: without optimisation, they are compiled in a third of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
 def world(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, talkers: tuple[Path, Path, Path], request: pytest.FixtureRequest,
-    record_property: Callable[[str, object], None],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, talkers: tuple[Path, Path, Path, Model],
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None],
 ) -> Generator[World]:  # fmt: skip
     if name := request.node.callspec.params.get("case"):
         case = CASES[name]
@@ -88,7 +96,6 @@ def forget_programs() -> None:
 
 @contextlib.contextmanager
 def without(world: World, guard: Guard) -> Generator[None]:
-    assert world.model  # loaded before the guard is removed
     with world.patch.context() as patch:
         world.patch, world.removed = patch, guard.removed
         if guard.compiled:

@@ -16,7 +16,7 @@ from lovely_llama import Config, Params
 from lovely_llama_tools import learn, runs, train
 
 TINY = "--layers 2 --dim 8 --heads 2 --kv-heads 1 --hidden-dim 12 --ctx 8 --batch 4 --sample 0"
-COURSE = "--steps 12 --eval-every 4 --save-every 3 --lr 1e-2 --warmup 2 --val-fraction 0.2"
+COURSE = "--steps 12 --eval-every 4 --save-every 3 --lr 1e-2 --warmup 2 --clip 0.6 --val-fraction 0.2"
 
 
 def compiled(program: Any, **options: Any) -> Any:
