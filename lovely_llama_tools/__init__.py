@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch_generate import generate_all as generate_all
     from .chat import chat_prompt as chat_prompt
     from .files import default_model as default_model
     from .files import load as load
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .tokens import folder_tokenizer as folder_tokenizer
 
 WHERE = {
+    "batch_generate": ["generate_all"],
     "chat": ["chat_prompt"],
     "files": ["default_model", "load", "save"],
     "formats": ["Model"],

@@ -1,6 +1,7 @@
 """Corpora: the files that paths stand for, and the texts in them, read in blocks."""
 
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,6 +74,17 @@ def read_blocks(path: Path) -> Iterator[str]:
             got = f"bytes that are not UTF-8 at byte {read + error.start}"
             raise LlamaError(path, "text", got, "UTF-8") from error
         read += len(data)
+
+
+def read_text(path: str) -> str:
+    """The whole text of a file, or for - of stdin."""
+    if path != "-":
+        return "".join(read_blocks(Path(path)))
+    check("stdin", "a closed one", sys.stdin is not None, "a text, or a file")  # pyright: ignore[reportUnnecessaryComparison]
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise LlamaError("stdin", "text", f"bytes that are not UTF-8 at byte {error.start}", "UTF-8") from error
 
 
 def read_documents(path: Path, separators: Sequence[str]) -> Iterator[tuple[str, bool]]:

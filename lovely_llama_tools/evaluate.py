@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from lovely_llama import LlamaError, check
 
-from .corpora import read_blocks
+from .corpora import read_text
 from .files import load
 from .harness import run_tasks
 from .options import add_command, ids, whole
@@ -75,14 +73,3 @@ def on_texts(args: argparse.Namespace) -> dict[str, Any]:
         "bytes": total.bytes,
         "tokens_per_s": total.tokens / (time.perf_counter() - start),
     }
-
-
-def read_text(path: str) -> str:
-    """The text of a file, or of stdin."""
-    if path != "-":
-        return "".join(read_blocks(Path(path)))
-    check("TEXT", "-, but stdin is closed", sys.stdin is not None, "a file")  # pyright: ignore[reportUnnecessaryComparison]
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise LlamaError("stdin", "text", f"bytes that are not UTF-8 at byte {error.start}", "UTF-8") from error

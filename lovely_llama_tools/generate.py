@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -91,14 +91,16 @@ class Session:
     def logits(self, tokens: Sequence[int]) -> Float[Array, " vocab"]:
         """The logits after the last of some tokens; read are those after the longest common prefix with the cache's."""
         config = self.model.config
-        return self._read(check_tokens(tokens, config.vocab, config.ctx).tolist())[0]
+        return self.read_new(check_tokens(tokens, config.vocab, config.ctx).tolist())[0]
 
-    def _read(self, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]:
+    def read_new(self, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]:
         """`logits`, of tokens that are known to be good, and how many of them were read."""
         with self._lock:
             new = self._truncate(tokens)
             count = len(new)
             self._reserve(len(tokens))
+            if count == 1:  # token by token; a prompt's end may be all that is wanted
+                self._look_ahead(len(tokens))
             while True:
                 size = 1 if len(new) == 1 else next((size for size in PREFILL if size <= len(new)), PREFILL[-1])
                 piece, new = new[:size], new[size:]
@@ -128,7 +130,6 @@ class Session:
         """Make room for `length` tokens and the padding behind them: 256 positions, doubled as needed, up to ctx.
 
         Writing past the end would not raise: `dynamic_update_slice` clamps the start, and overwrites earlier positions.
-        When the cache is half full, the programs for the next size are compiled in a thread, so that no token waits.
         """
         config, dtype, room = self.model.config, self.model.params.embed.dtype, self._fitting(length)
         if not self.room:
@@ -140,6 +141,9 @@ class Session:
             for i, layer in enumerate(layers):  # one at a time, so that memory for both is never taken
                 layers[i] = Cache(widen(layer.keys, room), widen(layer.values, room))
             self.room, self.cache = room, tuple(layers)
+
+    def _look_ahead(self, length: int) -> None:
+        """When the cache is half full, compile the programs for the next size in a thread, so that no token waits."""
         following = self._fitting(self.room)
         if 2 * length > self.room and following > max(self.room, self._prepared):
             self._prepared = following
@@ -163,6 +167,15 @@ class Session:
         read_layer(cast(Any, params.blocks)[0], x, angles, cache, jnp.asarray(zero), config)
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """What a `Generation` reads from: a session, or a row of a batch."""
+
+    model: Model
+
+    def read_new(self, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]: ...
+
+
 class Generation(Iterator[Any]):
     """A stream of text in whole characters; of token ids, where the model has no tokenizer.
 
@@ -170,17 +183,19 @@ class Generation(Iterator[Any]):
     """
 
     def __init__(
-        self, session: Session, prompt: list[int], max_new: int, sampling: Sampling, seed: int, stop: Sequence[str]
+        self, session: Reader, prompt: list[int], max_new: int, sampling: Sampling, seed: int, stop: Sequence[str]
     ) -> None:
         self.session, self.prompt, self.tokens, self.reason = session, prompt, list[int](), ""
         self.cached = 0  # tokens of the prompt that were in the session's cache
         self.times: list[float] = []  # of the start and of each token
         self.interrupted = False
         tokens, tokenizer = self._choose(max_new, sampling, seed, stop), session.model.tokenizer
-        self._parts = tokens if tokenizer is None else self._stream(tokens, tokenizer, stop)
+        self.steps: Iterator[Any] = tokens if tokenizer is None else self._stream(tokens, tokenizer, stop)
 
     def __next__(self) -> Any:
-        return next(self._parts)
+        while (part := next(self.steps)) == "":
+            pass
+        return part
 
     def interrupt(self) -> None:
         """End before the next token. May be called from a thread or a signal handler."""
@@ -198,7 +213,7 @@ class Generation(Iterator[Any]):
             if len(self.tokens) == max_new or self.interrupted:
                 self.reason = "interrupted" if self.interrupted else "length"
                 return
-            logits, new = self.session._read(every)  # pyright: ignore[reportPrivateUsage]
+            logits, new = self.session.read_new(every)
             token, seen = choose(rng, cast(Any, np.int32(position)), logits, seen, sampling)
             token = int(token)
             self.cached = len(every) - new if not self.tokens else self.cached
@@ -214,7 +229,7 @@ class Generation(Iterator[Any]):
         self.reason = "context"
 
     def _stream(self, tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-        """The text of tokens up to the first stop text. Whatever may be the beginning of one is held back."""
+        """The text that each token completes, up to the first stop text, whose possible beginnings are held back."""
         decode, held = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
         pieces, prefix = tokenizer.pieces, tokenizer.prefix
         begun = any(pieces[token] for token in self.prompt)  # the prefix is removed at the beginning of a text only
@@ -226,13 +241,11 @@ class Generation(Iterator[Any]):
                 break
             beginnings = (text[:n] for text in stop for n in range(1, len(text)))
             sure = len(held) - max((len(part) for part in beginnings if held.endswith(part)), default=0)
-            if sure:
-                yield held[:sure]
-                held = held[sure:]
+            yield held[:sure]
+            held = held[sure:]
         else:
             held += decode(b"", True)
-        if held:
-            yield held
+        yield held
 
 
 def generate(
@@ -246,26 +259,40 @@ def generate(
     equal texts. A session keeps the cache for the next call, which then reads only what is new in its prompt. A model
     without a tokenizer takes token ids and gives token ids.
     """
-    config, tokenizer = model.config, model.tokenizer
-    stop = [stop] if isinstance(stop, str) else list(stop)
+    settings, tokens = checked(model, max_new, sampling, seed, stop), prompt_tokens(model, prompt)
+    session = session or Session(model)
+    same = all(a is b for a, b in zip(session.model, model, strict=True))
+    check("session", "one of another model", same, "a session of the model that is to continue")
+    return Generation(session, tokens, *settings)
+
+
+def checked(
+    model: Model, max_new: int | None, sampling: Sampling | None, seed: int, stop: str | Sequence[str]
+) -> tuple[int, Sampling, int, list[str]]:
+    """The arguments of `generate` that do not depend on a prompt, with their defaults."""
+    config, stop = model.config, [stop] if isinstance(stop, str) else list(stop)
     for text in stop:
         check("stop", "an empty text", bool(text), "a text")
         check_text("stop", text)
-    if tokenizer is None and (stop or isinstance(prompt, str)):
-        raise LlamaError("model", "tokenizer", "none", "token ids for a prompt, and no stop texts")
-    if isinstance(prompt, str):
-        prompt = encode_prompt(cast(Tokenizer, tokenizer), prompt, config.ctx)
-    tokens = check_tokens(prompt, config.vocab, config.ctx, "prompt").tolist()
+    if model.tokenizer is None and stop:
+        raise LlamaError("model", "tokenizer", "none", "no stop texts")
     sampling = sampling or model.sampling or Sampling()
     sampling.check(config.vocab)
     max_new = config.ctx if max_new is None else max_new
     enough = is_whole(max_new) and 0 <= max_new <= config.ctx
     check("max_new", repr(max_new), enough, f"a whole number from 0 to {config.ctx}")
     check("seed", repr(seed), is_whole(seed) and 0 <= seed < 2**32, "a whole number from 0 to 4294967295")
-    session = session or Session(model)
-    same = all(a is b for a, b in zip(session.model, model, strict=True))
-    check("session", "one of another model", same, "a session of the model that is to continue")
-    return Generation(session, tokens, int(max_new), sampling, int(seed), stop)
+    return int(max_new), sampling, int(seed), stop
+
+
+def prompt_tokens(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """The tokens of a prompt, checked."""
+    config, tokenizer = model.config, model.tokenizer
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise LlamaError("model", "tokenizer", "none", "token ids for a prompt")
+        prompt = encode_prompt(tokenizer, prompt, config.ctx)
+    return check_tokens(prompt, config.vocab, config.ctx, "prompt").tolist()
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, ctx: int) -> list[int]:

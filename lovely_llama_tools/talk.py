@@ -2,18 +2,23 @@
 
 import argparse
 import importlib
+import json
 import os
+import re
 import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from lovely_llama import SAMPLERS, LlamaError, Sampling
+from lovely_llama import SAMPLERS, LlamaError, Sampling, check
 
+from .batch_generate import BATCH, generate_all
 from .chat import chat_prompt, recent
+from .corpora import read_text
 from .files import default_model, load
 from .formats import DTYPES, Model
 from .generate import Generation, Session, generate
@@ -26,10 +31,10 @@ HELP = "/bye or Ctrl-D ends the conversation, Ctrl-C an answer, /help shows this
 
 def add(commands: Any) -> None:
     """Add the commands and their options."""
-    for name, what in (("chat", "answer PROMPT, or hold a conversation"), ("generate", "continue PROMPT")):
+    for name, what in (("chat", "answer PROMPT, or hold a conversation"), ("generate", "continue PROMPT, or many")):
         command = add_command(commands, name, what, talk)
         says = "a text; what is piped in comes after it; - stands for that alone"
-        command.add_argument("prompt", metavar="PROMPT", nargs="?" if name == "chat" else None, help=says)
+        command.add_argument("prompt", metavar="PROMPT", nargs="?", help=says)
         option = partial(command.add_argument, default=None)
         option("--model", metavar="MODEL", help="a file, a folder, or a name on Hugging Face's hub (default: SmolLM2)")
         option("--dtype", choices=DTYPES, help="of the parameters (default: float32 on a CPU, else as stored)")
@@ -43,6 +48,14 @@ def add(commands: Any) -> None:
         option("--stop", action="append", metavar="TEXT", help="end before TEXT; may be given more than once")
         if name == "chat":
             option("--system", metavar="TEXT", help="the system message (default: the template's own)")
+        else:
+            says = (
+                "continue every line of FILE (- for stdin), line i from 0 as by itself with --seed plus i; each text "
+            )
+            says += r"is printed as one line, with \n, \r and \\ for newlines and backslashes"
+            option("--prompts", metavar="FILE", help=says)
+            option("--batch", type=whole, metavar="N", help=f"of --prompts, N at once (default: {BATCH})")
+            command.add_argument("--json", action="store_true", help="print an object of JSON for each of --prompts")
         command.add_argument("--quiet", action="store_true", help="no line of statistics on stderr")
 
 
@@ -80,20 +93,56 @@ def piped() -> str:
     return text.removesuffix("\n")
 
 
+def read_prompts(file: str) -> list[str]:
+    """The lines of a file, or of stdin; an empty one is a prompt too."""
+    lines = read_text(file).removesuffix("\n").split("\n")
+    check("prompts", "nothing", lines != [""], "a line for each prompt", file)
+    return [line.removesuffix("\r") for line in lines]
+
+
+def say_all(model: Model, lines: list[str], args: argparse.Namespace, sampling: Sampling, seed: int) -> None:
+    """Print what follows each line of a file, once it and those before are known; then a line of statistics."""
+    batch, began, count = BATCH if args.batch is None else args.batch, time.perf_counter(), 0
+    prompts = lines if model.tokenizer else [ids(line, args.model) for line in lines]
+    try:
+        found = generate_all(model, prompts, args.max_new, sampling, seed, args.stop or (), batch)
+    except LlamaError as error:
+        if not (number := re.fullmatch(r"prompts\[(\d+)\]", error.file)):
+            raise
+        raise LlamaError(args.prompts, f"line {int(number[1]) + 1}", error.got, error.expected) from error
+    for line, (text, tokens, reason) in zip(lines, found, strict=True):
+        count += len(tokens)
+        text = text if model.tokenizer else " ".join(map(str, tokens))
+        shown = text.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r")
+        record = {"prompt": line, "text": text, "reason": reason}
+        print(json.dumps(record) if args.json else shown, flush=True)
+    if not args.quiet:
+        speed = count / (time.perf_counter() - began)
+        print(f"{len(lines)} prompts; new {count}, {speed:.1f}/s with the reading of prompts", file=sys.stderr)
+
+
 def talk(args: argparse.Namespace) -> None:
     """The commands `chat` and `generate`."""
     for field in ("prompt", "system"):
         check_text(field, getattr(args, field, None) or "")
     chosen = {name: getattr(args, name) for name in SAMPLERS if getattr(args, name) is not None}
+    if args.command == "generate":
+        given, alone = args.prompts is not None, args.batch is None and not args.json
+        check("PROMPT", "none", given or args.prompt is not None, "a text, or --prompts FILE")
+        check("PROMPT", "both a text and --prompts", not given or args.prompt is None, "one of them")
+        check("prompts", "none", given or alone, "a FILE, with --batch and --json")
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     if args.prompt is not None:
         texts = ["" if args.prompt == "-" else args.prompt, piped()]
         args.prompt = "\n".join(filter(None, texts))
+    lines = read_prompts(args.prompts) if args.command == "generate" and args.prompts is not None else None
     path = args.model or default_model()
     model = load(path, args.dtype)
     sampling = (model.sampling or Sampling())._replace(**chosen)
     more = partial(generate, model, max_new=args.max_new, sampling=sampling, seed=seed, stop=args.stop or ())
-    if args.command == "generate":
+    if lines is not None:
+        say_all(model, lines, args, sampling, seed)
+    elif args.command == "generate":
         say(more(str(args.prompt) if model.tokenizer else ids(str(args.prompt), path)), args.quiet)
     else:
         converse(model, more, args)

@@ -1,0 +1,242 @@
+"""Many prompts at once: rows of different lengths, which read the weights together."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+from jax import lax, vmap
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lovely_llama import (
+    Block,
+    Cache,
+    Config,
+    LlamaError,
+    Params,
+    Sampling,
+    block,
+    check,
+    check_params,
+    embed_tokens,
+    empty_cache,
+    is_whole,
+    readout,
+)
+
+from .formats import Model, free_memory
+from .generate import Generation, Session, checked, program, prompt_tokens
+
+BATCH = 8  # rows, by default: the weights are then read once for eight tokens
+
+
+Settings = tuple[int, Sampling, int, list[str]]  # see `checked`
+
+
+class Continuation(NamedTuple):
+    """What follows a prompt."""
+
+    text: str  # empty where there is no tokenizer
+    tokens: list[int]
+    reason: str  # why it ended: "stop", "length" or "context"
+
+
+# ---- One token of every row ------------------------------------------------------------------------------------------
+
+
+@program
+def rows_begin(
+    params: Params, tokens: Int[Array, "batch 1"], starts: Int[Array, " batch"], config: Config
+) -> tuple[Float[Array, "batch 1 dim"], Float[Array, "batch 1 pairs"]]:
+    """`embed_tokens` of each row's token, which stands at a position of its own."""
+    return vmap(lambda tokens, start: embed_tokens(params, tokens, start, config))(tokens, starts)
+
+
+@partial(program, donate_argnames=("x", "cache"))
+def rows_layer(
+    w: Block, x: Float[Array, "batch 1 dim"], angles: Float[Array, "batch 1 pairs"], cache: Cache,
+    starts: Int[Array, " batch"], config: Config,
+) -> tuple[Float[Array, "batch 1 dim"], Cache]:  # fmt: skip
+    """`block` for every row. They share its weights: products with vectors become products with a matrix."""
+
+    def row(x: Array, angles: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
+        return block(w, x, angles, cache, start, config)
+
+    return vmap(row)(x, angles, cache, starts)
+
+
+@program
+def rows_end(params: Params, x: Float[Array, "batch 1 dim"], config: Config) -> Float[Array, "batch vocab"]:
+    """`readout` of each row's token."""
+    return vmap(lambda x: readout(params, x[0], config))(x)
+
+
+@partial(jax.jit, donate_argnames="rows")
+def placed(
+    rows: Float[Array, "batch kv_heads room head_dim"], row: Float[Array, "kv_heads ctx head_dim"],
+    slot: Int[Array | np.ndarray, ""],
+) -> Float[Array, "batch kv_heads room head_dim"]:  # fmt: skip
+    """A layer's keys or values, with those of one row replaced. Beyond the row's end stays what is read no more."""
+    return lax.dynamic_update_slice(rows, row[None, :, : rows.shape[2]], (slot, 0, 0, 0))
+
+
+@partial(jax.jit, static_argnames="room")
+def chosen(
+    rows: Float[Array, "batch kv_heads ctx head_dim"], kept: Int[Array | np.ndarray, " kept"], room: int
+) -> Float[Array, "kept kv_heads room head_dim"]:
+    """Some rows of a layer's keys or values, with positions added at the end."""
+    return jnp.pad(rows[kept], ((0, 0), (0, 0), (0, room - rows.shape[2]), (0, 0)))
+
+
+# ---- A batch ---------------------------------------------------------------------------------------------------------
+
+
+class Row:
+    """A prompt's place in a batch: what its `Generation` reads from."""
+
+    def __init__(self, batch: "Batch", number: int, prompt: list[int], settings: Settings) -> None:
+        self.batch, self.model, self.number = batch, batch.model, number
+        self.generation, self.parts = Generation(self, prompt, *settings), list[str]()
+        self.most = min(settings[0], self.model.config.ctx - len(prompt))
+        self.cached = False
+        self.logits: Any = None  # after the last token, until they are taken
+
+    def read_new(self, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]:
+        """The logits after the last of the tokens: of a prompt, read by itself; of a new token, read with all rows'."""
+        if not self.cached:
+            self.cached = True
+            return self.batch.enter(self, tokens)
+        if self.logits is None:
+            self.batch.step()
+        logits: Any = self.logits
+        self.logits = None
+        return logits, 1
+
+    def advance(self) -> bool:
+        """Choose the next token. Whether the continuation has ended."""
+        steps = self.generation.steps
+        self.parts.append(str(next(steps, "")))
+        ended = bool(self.generation.reason) or len(self.generation.tokens) == self.most
+        self.parts += map(str, steps) if ended else ()  # what was held back; this reads nothing any more
+        return ended
+
+    def continuation(self) -> Continuation:
+        """What it has come to."""
+        text = "".join(self.parts) if self.model.tokenizer else ""
+        return Continuation(text, self.generation.tokens, self.generation.reason)
+
+
+class Batch:
+    """Rows that go on in step, and their cache. Idle ones are computed too, and not read."""
+
+    def __init__(self, model: Model, size: int) -> None:
+        self.model, self.rows = model, list[Row | None]([None] * size)
+        self.session = Session(model)  # reads the prompts one after another, a common beginning only once
+        empty, dtype = jnp.zeros(size), model.params.embed.dtype
+        self.cache: tuple[Cache, ...] = vmap(lambda _: empty_cache(model.config, 0, dtype))(empty)
+
+    def enter(self, row: Row, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]:
+        """Read a prompt into its row of the cache."""
+        logits, new = self.session.read_new(tokens)
+        self.reserve(len(tokens))
+        slot = np.array(self.rows.index(row), np.int32)
+        self.cache = jax.tree.map(lambda rows, one: placed(rows, one, slot), self.cache, self.session.cache)
+        return logits, new
+
+    def step(self) -> None:
+        """Read every row's last token, for the logits after it."""
+        config, params = self.model.config, self.model.params
+        tokens, starts = np.zeros((len(self.rows), 1), np.int32), np.zeros(len(self.rows), np.int32)
+        running = [(slot, row) for slot, row in enumerate(self.rows) if row and row.cached]
+        for slot, row in running:
+            said = row.generation.tokens
+            tokens[slot], starts[slot] = said[-1], len(row.generation.prompt) + len(said) - 1
+        self.reserve(int(starts.max()) + 1)
+        ends, at, layers = params._replace(blocks=()), jnp.asarray(starts), list(self.cache)
+        x, angles = rows_begin(ends, jnp.asarray(tokens), at, config)
+        for i, w in enumerate(cast(tuple[Block, ...], params.blocks)):
+            x, layers[i] = rows_layer(w, x, angles, layers[i], at, config)
+        self.cache, logits = tuple(layers), rows_end(ends, x, config)
+        for slot, row in running:
+            row.logits = logits[slot]
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many tokens in each row: 256, doubled as needed, up to the context."""
+        room = 256
+        while room < length:
+            room *= 2
+        room = min(room, self.model.config.ctx)
+        if room > self.cache[0].keys.shape[2]:
+            self._keep([*range(len(self.rows))], room)
+
+    def shrink(self) -> None:
+        """Leave out the idle rows, where that halves the batch."""
+        running, size = [slot for slot, row in enumerate(self.rows) if row], len(self.rows)
+        while 0 < len(running) <= size // 2:
+            size //= 2
+        if size < len(self.rows):
+            kept = [*running, *(slot for slot, row in enumerate(self.rows) if not row)][:size]
+            self.rows = [self.rows[slot] for slot in kept]
+            self._keep(kept, self.cache[0].keys.shape[2])
+
+    def _keep(self, kept: list[int], room: int) -> None:
+        """These rows alone, with so much room; a layer at a time, so that memory for both is never taken."""
+        config, dtype = self.model.config, self.model.params.embed.dtype
+        need = 2 * config.layers * config.kv_heads * config.head_dim * len(kept) * room * dtype.itemsize
+        free, gib = free_memory() + sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache)), 2**30
+        says = f"{need / gib:.1f} GiB for the cache of {len(kept)} rows of {room} tokens"
+        check("memory", f"{free / gib:.1f} GiB free", need <= free, says, "batch")
+        layers, self.cache, slots = list(self.cache), (), np.array(kept, np.int32)
+        for i, layer in enumerate(layers):
+            layers[i] = Cache(chosen(layer.keys, slots, room), chosen(layer.values, slots, room))
+        self.cache = tuple(layers)
+
+
+# ---- Generation ------------------------------------------------------------------------------------------------------
+
+
+def generate_all(
+    model: Model, prompts: Iterable[str | Sequence[int]], max_new: int | None = None,
+    sampling: Sampling | None = None, seed: int = 0, stop: str | Sequence[str] = (), batch: int = BATCH,
+) -> Iterator[Continuation]:  # fmt: skip
+    """Continue many prompts, at most `batch` of them at once: an iterator of what follows each, in their order.
+
+    Prompt i, from 0, is continued as by `generate` with the seed (seed + i) mod 2³², so that a prompt given twice has
+    two samples. No row depends on the others, but a product with a matrix of rows is summed in another order than one
+    with a vector: logits differ by float32's rounding, some 1e-6 of them, and tokens only where two choices are closer
+    than that. All prompts are checked before the first is read.
+    """
+    check("batch", repr(batch), is_whole(batch) and batch > 0, "a whole number from 1")
+    most, sampling, seed, stop = checked(model, max_new, sampling, seed, stop)
+    check_params(model.params, model.config)
+    read = list[list[int]]()
+    for i, prompt in enumerate(prompts):
+        try:
+            read.append(prompt_tokens(model, prompt))
+        except LlamaError as error:
+            file = error.file if error.file == "model" else f"prompts[{i}]"
+            raise LlamaError(file, error.field, error.got, error.expected) from error
+    return in_order(
+        model, [(tokens, (most, sampling, (seed + i) % 2**32, stop)) for i, tokens in enumerate(read)], batch
+    )
+
+
+def in_order(model: Model, prompts: list[tuple[list[int], Settings]], size: int) -> Iterator[Continuation]:
+    """The continuations. A row that ends makes place for the next prompt."""
+    batch, ended, shown = Batch(model, max(1, min(size, len(prompts)))), dict[int, Continuation](), 0
+    waiting = deque(enumerate(prompts))
+    while shown < len(prompts):
+        for slot, row in enumerate(batch.rows):
+            if not row and waiting:
+                number, prompt = waiting.popleft()
+                row = batch.rows[slot] = Row(batch, number, *prompt)
+            if row and row.advance():
+                ended[row.number], batch.rows[slot] = row.continuation(), None
+        if not waiting:
+            batch.shrink()
+        while shown in ended:
+            yield ended.pop(shown)
+            shown += 1
