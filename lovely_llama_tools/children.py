@@ -78,6 +78,12 @@ class Child:
             self.stopped = True
             self.process.kill()
 
+    def close(self) -> None:
+        """Leave nothing of it behind."""
+        self.stop()
+        self.process.wait()
+        self.socket.close()
+
 
 class Watch:
     """The processes, up to the end of the last."""
@@ -112,7 +118,6 @@ class Watch:
                     child.round = number
                     if not child.listen():
                         selector.unregister(child.socket)
-                        child.socket.close()
                         self.ended.append(child)
                 if self.overdue():
                     for child in self.children:
@@ -173,6 +178,10 @@ def watched(command: Sequence[str], environments: Sequence[Mapping[str, str]], w
     debug = "--debug" in command
     children = [Child(i, command, environment, debug or i == 0) for i, environment in enumerate(environments)]
     watch = Watch(children, wait)
-    with ending(watch.take):
-        watch.run()
+    try:
+        with ending(watch.take):
+            watch.run()
+    finally:
+        for child in children:
+            child.close()
     return watch.verdict()

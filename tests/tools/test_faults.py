@@ -11,6 +11,7 @@ from typing import Any
 
 import faults_commands
 import faults_data
+import faults_devices
 import faults_generation
 import faults_gguf
 import faults_hugging_face
@@ -39,6 +40,7 @@ CASES: dict[str, Case] = {
     **faults_tokens.CASES,
     **faults_runs.CASES,
     **faults_data.CASES,
+    **faults_devices.CASES,
 }
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 VARIANTS = [(case, name) for case in CASES for name in CASES[case].variants]
