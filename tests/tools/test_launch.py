@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from training import assert_same, hasten, rows, words, write_sums
 
+from lovely_llama import LlamaError
 from lovely_llama_tools import children
 from lovely_llama_tools.children import watched
+from lovely_llama_tools.cluster import ADDRESS, COUNT, INDEX, place, several
 from lovely_llama_tools.commands import main
 from lovely_llama_tools.interrupts import PARENT, taken
 from lovely_llama_tools.launch import places
@@ -128,6 +130,45 @@ def test_places() -> None:
     assert [place["JAX_LOCAL_DEVICE_IDS"] for place in found] == ["0,1", "2,3", "4,5"]
     assert len({place["JAX_COORDINATOR_ADDRESS"] for place in found}) == 1
     assert found[0]["JAX_COORDINATOR_BIND_ADDRESS"].startswith("127.0.0.1:")
+
+
+# ---- What the environment says ---------------------------------------------------------------------------------------
+
+STARTED = {
+    "a shell": ({}, False),
+    "salloc -n 4": ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),
+    "srun -n 4": ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),
+    "mpirun -n 1": ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    "mpirun -n 4": ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+    "a pod": ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+    "a pod of a job": ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    "by hand": ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
+}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_one_of_several_processes_knows_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is alone does not wait for others, even where there is a scheduler."""
+    environment, want = STARTED[name]
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert several() == want
+    assert bool(place()) == (name == "by hand")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    {
+        "environment": ("host:1", "2", ""), "JAX_NUM_PROCESSES": ("host:1", "two", "1"),
+        "JAX_PROCESS_ID": ("host:1", "2", "2"),
+    }.items(),
+)  # fmt: skip
+def test_a_place_that_cannot_be(field: str, values: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip((ADDRESS, COUNT, INDEX), values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LlamaError) as caught:
+        place()
+    assert caught.value.field == field
 
 
 # ---- Two processes that train ----------------------------------------------------------------------------------------
