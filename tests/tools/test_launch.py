@@ -1,5 +1,6 @@
 """Processes that train one model: how they are started, watched and ended; and that together they train as one does."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from training import assert_same, hasten, rows, words, write_sums
 
 from lovely_llama import LlamaError
 from lovely_llama_tools import children
-from lovely_llama_tools.children import watched
+from lovely_llama_tools.children import Watch, watched
 from lovely_llama_tools.cluster import ADDRESS, COUNT, INDEX, place, several
 from lovely_llama_tools.commands import main
+from lovely_llama_tools.data import prepare
 from lovely_llama_tools.interrupts import PARENT, taken
 from lovely_llama_tools.launch import places
 from lovely_llama_tools.runs import steps
@@ -74,12 +76,15 @@ def test_one_that_is_killed_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
     ends_in(capfd, "process 0: got status 7, expected status 0; --resume goes on", JOIN + "sys.exit(7)", WORK)
 
 
-def test_who_is_killed_is_to_blame_before_those_whom_that_ends(capfd: pytest.CaptureFixture[str]) -> None:
+def test_who_is_killed_is_to_blame_before_those_whom_that_ends(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The runtime aborts them, or they say that they lost a connection, perhaps before the parent has looked."""
-    lost = JOIN + "time.sleep(0.3); tell('error: connection lost'); sys.exit(1)"
+    run = Watch.run
+    monkeypatch.setattr(Watch, "run", lambda watch: (time.sleep(1), run(watch)))
     line = "process 1: got signal 9, expected status 0; --resume goes on"
-    ends_in(capfd, line, lost, JOIN + "end(9)")
-    ends_in(capfd, line, JOIN + "time.sleep(0.3); end(6)", JOIN + "end(9)")
+    ends_in(capfd, line, JOIN + "tell('error: connection lost'); sys.exit(1)", JOIN + "end(9)")
+    ends_in(capfd, line, JOIN + "end(6)", JOIN + "end(9)")
 
 
 def test_one_that_no_longer_answers(capfd: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +237,22 @@ def test_two_processes_train_as_one(both: Runs, tmp_path: Path, monkeypatch: pyt
         )
         np.testing.assert_allclose(two, one, rtol=1e-5)
     assert len(rows(both.folder / "whole")) == 24
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_each_reads_its_own_rows_of_a_batch(pack: bool, tmp_path: Path) -> None:
+    """The rows of all, which may be divided in any way, are the batch of a single process."""
+    text = write_sums(tmp_path / "sums.jsonl" if pack else tmp_path / "sums.txt", 60)
+    if pack:
+        text.write_text("".join(json.dumps({"text": line}) + "\n" for line in text.read_text().splitlines()))
+    split = prepare([str(text)], tmp_path / "data", seq=8, pack=pack).train
+    whole = split.batch(3, 5, 6)
+    for own in ([0, 1, 2], [1, 4], [5]):
+        part = split.batch(3, 5, 6, own)
+        assert (part.first is None) != pack
+        for mine, all_rows in zip(part, whole, strict=True):
+            if all_rows is not None:
+                np.testing.assert_array_equal(mine, all_rows[own])
 
 
 def test_killed_interrupted_and_resumed_they_come_to_the_same_bits(both: Runs) -> None:
