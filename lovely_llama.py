@@ -27,13 +27,12 @@ import jax
 import numpy as np
 from jax import lax, vmap
 from jax import numpy as jnp
-from jax.core import Tracer
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, Num, UInt
 
 __version__ = "0.1.0"
 __all__ = [
-    "CONFIGS", "KEEP", "SAMPLERS", "Adapter", "Attention", "Block", "Cache", "Caches", "Config", "FeedForward",
+    "CONFIGS", "KEEP", "RULES", "SAMPLERS", "Adapter", "Attention", "Block", "Cache", "Caches", "Config", "FeedForward",
     "LlamaError", "Moments", "Params", "RopeScaling", "Sampler", "Sampling", "accumulate", "adamw", "adapt", "attend",
     "attention", "block", "categorical", "check_cache", "check_causality", "check_config", "check_heads",
     "check_params", "check_rotation", "check_rows", "check_tensors", "check_tokens", "choose", "clip", "count",
@@ -41,25 +40,43 @@ __all__ = [
     "loss", "min_p", "moments", "readout", "repetition_penalty", "rms_norm", "rope", "rope_angles", "rope_frequencies",
     "shapes", "silu", "softmax", "specs", "stack", "swiglu", "temperature", "top_k", "top_p",
 ]  # fmt: skip
+SIZES = ("vocab", "dim", "layers", "kv_heads", "q_per_kv", "head_dim", "hidden_dim", "ctx")  # of a `Config`
 
 
-# ---- 1. Errors and checks --------------------------------------------------------------------------------------------
+# ---- 1. Errors and checks, and arrays on several devices -------------------------------------------------------------
 class LlamaError(ValueError):
     """Bad input. Its one line reads `file: field: got …, expected …`."""
 
     def __init__(self, file: object, field: str, got: object, expected: object) -> None:
         self.file, self.field, self.got, self.expected = str(file), field, str(got), str(expected)
-        line = f"{file}: {field}: got {got}, expected {expected}"
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+        super().__init__(self.file, field, self.got, self.expected)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LlamaError, (self.file, self.field, self.got, self.expected)
+    def __str__(self) -> str:
+        line = f"{self.file}: {self.field}: got {self.got}, expected {self.expected}"
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def check(field: str, got: object, ok: bool, expected: object, file: object = "arguments") -> None:
     """Raise LlamaError unless ok."""
     if not ok:
         raise LlamaError(file, field, got, expected)
+
+
+# The axes of a device mesh over which each of our axes is split. "tensor" divides each product of a layer, Shoeybi et
+# al. 2019, arXiv:1909.08053, §3; "fsdp" stores matrices in parts, Rajbhandari et al. 2019, arXiv:1910.02054, §5 (ZeRO).
+RULES: dict[str, tuple[str, ...]] = dict.fromkeys(("vocab", "kv_heads", "hidden_dim"), ("tensor",))
+RULES.update(batch=("data", "fsdp"), seq=("seq",), dim=("fsdp",))
+
+
+def split(axes: Sequence[str], names: Sequence[str], rules: Any = RULES) -> PartitionSpec:
+    """How an array with these axes is split over a mesh whose axes have these names."""
+    return PartitionSpec(*(tuple(name for name in rules.get(axis, ()) if name in names) or None for axis in axes))
+
+
+def held(x: Float[Array, "*shape"], *axes: str) -> Float[Array, "*shape"]:
+    """x, on a mesh of devices (`jax.set_mesh`) split by its axes, but "" kept whole; elsewhere unchanged."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else lax.with_sharding_constraint(x, split(axes, mesh.axis_names))
 
 
 def is_whole(n: object) -> bool:
@@ -70,9 +87,6 @@ def is_whole(n: object) -> bool:
 def is_number(x: object) -> bool:
     """Whether x is a finite number, of Python or of numpy."""
     return is_whole(x) or (isinstance(x, float | np.floating) and bool(np.isfinite(cast(Any, x))))
-
-
-SIZES = ("vocab", "dim", "layers", "kv_heads", "q_per_kv", "head_dim", "hidden_dim", "ctx")
 
 
 def check_config(config: Any, file: object = "config") -> None:
@@ -304,10 +318,8 @@ def rope_frequencies(config: Config) -> Float[Array, " pairs"]:
     Su et al. 2021, arXiv:2104.09864, eq. (15). κ = 0 is linear interpolation, Chen et al. 2023, arXiv:2306.15595,
     eq. (4); llama3's κ is from Meta's code for Llama 3.1; yarn: Peng et al. 2023, arXiv:2309.00071, §3.2, with the ramp
     over i as in the authors' code, not over wavelengths as in the paper."""
-    i, scaling = np.arange(config.head_dim // 2), config.rope_scaling
+    i, scaling = np.arange(config.head_dim // 2), config.rope_scaling or RopeScaling("linear", 1.0)
     f = 1 / config.theta ** (2 * i / config.head_dim)
-    if scaling is None:
-        return jnp.asarray(f)
     kept = np.zeros_like(f)
     if scaling.kind == "llama3":
         kept = (scaling.original_ctx * f / (2 * math.pi) - scaling.low) / (scaling.high - scaling.low)
@@ -351,9 +363,8 @@ def attend(
         softmax(q Kᵀ / √d) V,  over the keys at positions first … position
 
     Vaswani et al. 2017, arXiv:1706.03762, eq. (1), as an online softmax over blocks of `size` keys: Milakov &
-    Gimelshein 2018, arXiv:1805.02867, alg. 3; Rabe & Staats 2021, arXiv:2112.05682, §2. Only positions below `filled`
-    hold keys; blocks beyond are not read. With a Python int for `filled`, or None for all, the loop is differentiable;
-    with an array it is not."""
+    Gimelshein 2018, arXiv:1805.02867, alg. 3; Rabe & Staats 2021, arXiv:2112.05682, §2. Blocks from position `filled`
+    on, which hold no keys yet, are not read. The loop is differentiable unless `filled` is an array."""
     (ctx, head_dim), size = keys.shape, min(size, len(keys))
 
     def fold(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -428,8 +439,8 @@ def block(
     Touvron et al. 2023, arXiv:2302.13971, §2.2; norms first, as in Xiong et al. 2020, arXiv:2002.04745, fig. 1(b)."""
     normed = vmap(lambda x: rms_norm(x, w.attn_norm, config.eps))(x)
     answer, cache = attention(w.attn, normed, angles, cache, start, config, first)
-    x = x + answer
-    return x + vmap(lambda x: swiglu(rms_norm(x, w.ffn_norm, config.eps), *w.ffn))(x), cache
+    x = held(x + answer, "seq", "")
+    return held(x + vmap(lambda x: swiglu(rms_norm(x, w.ffn_norm, config.eps), *w.ffn))(x), "seq", ""), cache
 
 
 def fold_layers(
@@ -449,7 +460,8 @@ def embed_tokens(
     params: Params, tokens: Int[Array | np.ndarray, " seq"], start: Position, config: Config
 ) -> tuple[Float[Array, "seq dim"], Float[Array, "seq pairs"]]:
     """The layers' input: each token's row of E, and the rotary angles of positions start, start + 1, …"""
-    return params.embed[tokens], vmap(lambda i: rope_angles(start + i, config))(jnp.arange(len(tokens)))
+    x = held(held(params.embed, "vocab", "")[tokens], "seq", "")
+    return x, vmap(lambda i: rope_angles(start + i, config))(jnp.arange(len(tokens)))
 
 
 # What a layer stores for its derivative: its products with weights, of size seq, or its input alone. The rest is
@@ -481,13 +493,13 @@ def llama(
 
     With a static `start` the result is differentiable; with an array, such as `jit` makes of an argument, it is not,
     and reads only what is filled. Under `jit`, where nothing can raise, ids must be valid and the cache have room."""
-    if not isinstance(tokens, Tracer) and not isinstance(start, Tracer):
+    if not isinstance(tokens, jax.core.Tracer) and not isinstance(start, jax.core.Tracer):
         check_params(params, config)
         tokens = jnp.asarray(check_tokens(tokens, config.vocab, config.ctx - int(start)))
         room, end = jax.tree.leaves(cache)[0].shape[-2], len(tokens) + int(start)
         check("cache", f"{room} positions", end <= room, f"at least {end}")
     x, cache = hidden_states(params, tokens, cache, start, config, keep, first)
-    return vmap(lambda x: readout(params, x, config))(x), cache
+    return held(vmap(lambda x: readout(params, x, config))(x), "seq", "vocab"), cache
 
 
 def logits(
@@ -526,7 +538,7 @@ def loss(
     Negative targets (−1 by convention) are ignored; where all are, the loss is 0. Shannon 1948, §6, with the model's
     probabilities inside the logarithm. `keep` is a name in `KEEP`; `dtype` is that of the arithmetic, to which these
     master weights are cast. Documents packed into a row do not see each other: each token's begins at `first`."""
-    if not isinstance(tokens, Tracer) and not isinstance(targets, Tracer):
+    if not isinstance(tokens, jax.core.Tracer) and not isinstance(targets, jax.core.Tracer):
         tokens, targets = cast(Any, np.asarray(tokens)), cast(Any, np.asarray(targets))
         check("targets", targets.shape, targets.shape == tokens.shape, f"{tokens.shape}, as tokens")
         check("tokens", tokens.shape, (0,) < tokens.shape[-1:] <= (config.ctx,), f"rows of 1 to {config.ctx}")
@@ -534,8 +546,9 @@ def loss(
         for ids, what in ((tokens, "arguments"), (np.maximum(targets, 0), "targets")):
             check_tokens(ids.ravel(), config.vocab, ids.size, what)
     params = jax.tree.map(lambda w: w.astype(dtype or w.dtype), params)
-    split = [ids.reshape(-1, tokens.shape[-1]) for ids in (tokens, jnp.broadcast_to(first, tokens.shape))]
-    rows = vmap(lambda tokens, first: logits(params, tokens, config, keep, first))(*split)
+    rows = [ids.reshape(-1, tokens.shape[-1]) for ids in (tokens, jnp.broadcast_to(first, tokens.shape))]
+    (over,) = split(["batch"], jax.sharding.get_abstract_mesh().axis_names)
+    rows = vmap(lambda tokens, first: logits(params, tokens, config, keep, first), spmd_axis_name=over)(*rows)
     scores = wide(rows).reshape(-1, config.vocab)
     target, counts = targets.reshape(-1, 1), targets.reshape(-1) >= 0
     chosen = jnp.take_along_axis(scores, jnp.maximum(target, 0), axis=-1)[:, 0]
@@ -645,8 +658,7 @@ def repetition_penalty(
 
 def temperature(logits: Float[Array, " vocab"], t: Number) -> Float[Array, " vocab"]:
     """(xᵢ − maxⱼ xⱼ) / t; at t = 0 only the largest remain. Ackley et al. 1985, Cognitive Science 9, eq. (5)."""
-    below = logits - logits.max()
-    return jnp.where(below == 0, below, below / t)
+    return jnp.where((below := logits - logits.max()) == 0, below, below / t)
 
 
 def greedy(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
@@ -664,9 +676,7 @@ def bisect(holds: Callable[[Array], Array], width: int, dtype: Any) -> Int[Array
     return lax.fori_loop(0, width, bit, jnp.asarray(0, dtype))
 
 
-def largest(
-    x: Float[Array, " vocab"], measure: Float[Array, " vocab"] | Int[Array, " vocab"], target: Number
-) -> Bool[Array, " vocab"]:
+def largest(x: Float[Array, " vocab"], measure: Num[Array, " vocab"], target: Number) -> Bool[Array, " vocab"]:
     """The smallest set of largest x whose measures sum to at least the target; between equals the lower ids.
 
     It holds every xᵢ above the cut-off  max {τ : Σᵢ mᵢ [xᵢ ≥ τ] ≥ target}  and as many equal to it as are needed.
@@ -675,13 +685,9 @@ def largest(
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)  # −0 equals 0
     sign = jnp.asarray(1 << (width - 1), unsigned)
     order = jnp.where(bits < sign, bits | sign, ~bits)
-
-    def total(kept: Bool[Array, " vocab"]) -> Array:
-        return jnp.where(kept, measure, 0).sum()
-
-    cut = bisect(lambda n: total(order >= n) >= target, width, unsigned)
+    cut = bisect(lambda n: measure.sum(where=order >= n) >= target, width, unsigned)
     above, equal = order > cut, order == cut
-    last = bisect(lambda n: total(above | (equal & (ids < n))) < target, len(x).bit_length(), ids.dtype)
+    last = bisect(lambda n: measure.sum(where=above | (equal & (ids < n))) < target, len(x).bit_length(), ids.dtype)
     return above | (equal & (ids <= last))
 
 
@@ -721,18 +727,10 @@ class Sampler:
     most: int | float | None  # None: a whole number, at most vocab
     strict: bool = False  # above the least
 
-    def check(self, name: str, value: Any, vocab: int) -> None:
-        top, kind = (vocab, "whole") if self.most is None else (self.most, "finite")
-        valid = (is_whole if self.most is None else is_number)(value) and self.least <= value <= top
-        bound = f"a {kind} number {'above' if self.strict else 'from'} {self.least}, at most {top}"
-        check(name, repr(value), valid and not (self.strict and value == self.least), bound)
-
 
 SAMPLERS: dict[str, Sampler] = {
-    "repetition_penalty": Sampler(
-        repetition_penalty, "divide the logits of tokens seen before by it", 0, math.inf, True),
-    "temperature": Sampler(
-        lambda x, _, t: jnp.where(t == 0, greedy(x), temperature(x, t)),
+    "repetition_penalty": Sampler(repetition_penalty, "divide logits of tokens seen before by it", 0, math.inf, True),
+    "temperature": Sampler(lambda x, _, t: jnp.where(t == 0, greedy(x), temperature(x, t)),
         "divide the logits by it; 0 always takes the likeliest token", 0, math.inf),
     "top_k": Sampler(lambda x, _, k: top_k(x, k), "take from so many likeliest tokens", 1, None),
     "top_p": Sampler(lambda x, _, p: top_p(x, p), "take from the likeliest that sum to this probability", 0, 1, True),
@@ -760,9 +758,11 @@ class Sampling(NamedTuple):
 
     def check(self, vocab: int) -> None:
         """Refuse values for which a sampler is not defined."""
-        for (name, sampler), value in zip(SAMPLERS.items(), self, strict=True):
-            if value is not None:
-                sampler.check(name, value, vocab)
+        for (name, s), value in zip(SAMPLERS.items(), self, strict=True):
+            top, kind, valid = (vocab, "whole", is_whole) if s.most is None else (s.most, "finite", is_number)
+            inside = value is None or (valid(value) and s.least <= value <= top and not (s.strict and value == s.least))
+            bound = f"a {kind} number {'above' if s.strict else 'from'} {s.least}, at most {top}"
+            check(name, repr(value), inside, bound)
 
 
 @jax.jit
@@ -772,23 +772,27 @@ def choose(
 ) -> tuple[Int[Array, ""], Bool[Array, " vocab"]]:  # fmt: skip
     """Draw the token for a position and mark it as seen; −1 where a logit, or its penalised value, is not finite."""
     penalised = Sampling(sampling.repetition_penalty, None, None, None, None)(logits, seen)
-    token = categorical(jax.random.fold_in(rng, position), sampling(logits, seen))
-    token = jnp.where(jnp.isfinite(penalised).all(), token, -1)
+    drawn = categorical(jax.random.fold_in(rng, position), sampling(logits, seen))
+    token = jnp.where(jnp.isfinite(penalised).all(), drawn, -1)
     return token, seen.at[token].set(True, mode="drop")
 
 
 # ---- 8. Devices ------------------------------------------------------------------------------------------------------
-# The mesh axis over which an axis of a parameter is split. "tensor" divides each product of a layer, Shoeybi et al.
-# 2019, arXiv:1909.08053, §3; "fsdp" stores each matrix in parts, Rajbhandari et al. 2019, arXiv:1910.02054, §5 (ZeRO).
-RULES = {"vocab": "tensor", "kv_heads": "tensor", "hidden_dim": "tensor", "dim": "fsdp"}
+def specs(config: Config, mesh: Mapping[str, int] | None = None) -> Params:
+    """Every parameter's partition over a mesh with axes of these sizes, read off its annotation by `RULES`.
 
+    With parameters placed so, XLA's partitioner derives all communication: Xu et al. 2021, arXiv:2105.04663. Where
+    key/value heads are too few to be split, the query heads of each are. Without a mesh, nothing is checked."""
+    sizes, few = mesh or dict.fromkeys(("data", "fsdp", "tensor", "seq"), 1), {"kv_heads": (), "q_per_kv": ("tensor",)}
+    rules = RULES | (few if config.kv_heads % sizes.get("tensor", 1) else {})
 
-def specs(config: Config) -> Params:
-    """Every parameter's partition over a mesh with axes "tensor" and "fsdp", read off its annotation.
+    def leaf(axes: list[str]) -> PartitionSpec:
+        for axis in axes:
+            size, parts = getattr(config, axis), math.prod(sizes.get(name, 1) for name in rules.get(axis, ()))
+            check(axis, size, size % parts == 0, f"a multiple of {parts}, the devices that split it", "mesh")
+        return split(axes, [*sizes], rules)
 
-    With parameters placed so, XLA's partitioner derives all communication: Xu et al. 2021, arXiv:2105.04663. Each
-    axis must be divisible by the mesh axis that splits it."""
-    return by_axes(config, lambda axes: PartitionSpec(*map(RULES.get, axes)))
+    return by_axes(config, leaf)
 
 
 # ---- 9. Properties ---------------------------------------------------------------------------------------------------
@@ -825,8 +829,7 @@ def logits_of(model: Callable[[Any], Any], tokens: Any) -> Float[np.ndarray, "se
 
 def check_causality(model: Callable[[Any], Any], tokens: Any, vocab: int) -> None:
     """Another token at t leaves all logits before t bit for bit the same, and changes those at t."""
-    tokens = np.array(tokens)
-    want = logits_of(model, tokens)
+    want = logits_of(model, tokens := np.array(tokens))
     for t in range(len(tokens)):
         other = tokens.copy()
         other[t] = (tokens[t] + 1) % vocab
@@ -839,8 +842,7 @@ def check_cache(step: Callable[..., Any], model: Callable[[Any], Any], tokens: A
     """A prefill followed by decoding token by token gives the logits of the whole, for every length of the prefill.
 
     `step(tokens, cache)` returns logits and a cache, and takes None for an empty cache."""
-    tokens = np.asarray(tokens)
-    want = logits_of(model, tokens)
+    want = logits_of(model, tokens := np.asarray(tokens))
     for cut in range(1, len(tokens)):
         logits, cache = step(tokens[:cut], None)
         same(logits, want[:cut], bound, f"logits of a prefill of {cut}")
@@ -875,9 +877,7 @@ def check_rotation(rotate: Callable[[Any, int], Any], head_dim: int, bound: floa
     require(abs(product(1, 0) - product(0, 0)) > bound, "a product over distance 1: got that over 0")
 
 
-def check_heads(
-    model: Callable[[Params, Config, Any], Any], params: Params, config: Config, tokens: Any, bound: float
-) -> None:
+def check_heads(model: Callable[..., Any], params: Params, config: Config, tokens: Any, bound: float) -> None:
     """`model(params, config, tokens)` gives the same with other orders of heads, and keys and values for each of them.
 
     Your own model takes the parameters through lovely_llama_tools' `to_hf` or `to_llama2c`."""

@@ -1,4 +1,4 @@
-"""Part 8: a model sharded over eight devices computes the same as on one."""
+"""Part 8: a model sharded over devices computes the same as on one, and no device gathers more than it should."""
 
 import os
 import subprocess
@@ -10,40 +10,121 @@ import pytest
 from builders import layers_of
 from jax.sharding import PartitionSpec
 
-from lovely_llama import Config, shapes, specs
+from lovely_llama import Config, LlamaError, shapes, specs
 
-PROGRAM = """
+# Sizes differ from one another, and each is a multiple of 8 where a mesh may split it so.
+COMMON = """
+import re
 from dataclasses import replace
 from functools import partial
 from math import prod
 import jax
+import numpy as np
 from asserts import assert_close
 from builders import SMALL, random_params
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, set_mesh
 from lovely_llama import loss, specs
 
-fsdp, tensor, tied = {mesh}
-config = replace(SMALL, vocab=32, dim=16, kv_heads=4, hidden_dim=24, tied=tied)
-params, tokens = random_params(config), jax.numpy.arange(4 * 12).reshape(4, 12) % config.vocab
-gradients = jax.jit(jax.value_and_grad(partial(loss, config=config)))
-want = gradients(params, tokens, tokens[:, ::-1])
-mesh = jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-for leaf, spec in zip(jax.tree.leaves(params), jax.tree.leaves(specs(config)), strict=True):
-    placed = jax.device_put(leaf, NamedSharding(mesh, spec))
-    assert placed.addressable_shards[0].data.size * prod(mesh.shape[axis] for axis in spec if axis) == leaf.size
-placed = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, specs(config))
-assert_close(gradients(placed, tokens, tokens[:, ::-1]), want, 1e-5)
-print(len(jax.devices()))
+AXES = ("data", "fsdp", "tensor", "seq")
+config = replace(SMALL, vocab=40, dim=16, layers=2, kv_heads=4, q_per_kv=2, hidden_dim=24)
+tokens = np.random.default_rng(0).integers(0, config.vocab, (8, 24), np.int32)
+targets = tokens[:, ::-1]
+same_loss = partial(jax.jit, static_argnames="config")(loss)
+gradients = partial(jax.jit, static_argnames="config")(jax.value_and_grad(loss))
+
+def placed(config, sizes):
+    explicit = jax.make_mesh(sizes, AXES, devices=jax.devices()[: prod(sizes)])  # its axes are explicit by default
+    mesh = Mesh(explicit.devices, AXES)
+    put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+    params, parts = random_params(config), specs(config, mesh.shape)
+    params = jax.tree.map(put, params, parts)
+    for leaf, spec in zip(jax.tree.leaves(params), jax.tree.leaves(parts), strict=True):
+        names = [name for part in spec if part for name in ((part,) if isinstance(part, str) else part)]
+        assert leaf.addressable_shards[0].data.size * prod(mesh.shape[name] for name in names) == leaf.size
+    return mesh, params, (put(ids, PartitionSpec(("data", "fsdp"), "seq")) for ids in (tokens, targets))
+"""
+
+GRADIENTS = """
+for heads, tied, meshes in {cases}:
+    config = replace(config, kv_heads=heads, q_per_kv=8 // heads, tied=tied)
+    want = gradients(random_params(config), tokens, targets, config)
+    for sizes in meshes:
+        mesh, params, rows = placed(config, sizes)
+        with set_mesh(mesh):
+            assert_close(gradients(params, *rows, config), want, 1e-5)
+        print(heads, *sizes)
+"""
+
+EVERY = """
+config = replace(config, kv_heads=8, q_per_kv=1, layers=1)
+want = same_loss(random_params(config), tokens, targets, config)
+for sizes in {meshes}:
+    mesh, params, rows = placed(config, sizes)
+    with set_mesh(mesh):
+        assert_close(same_loss(params, *rows, config), want, 1e-6)
+    print(*sizes)
+"""
+
+# The arrays of each kind of collective, by their shapes in the compiled program.
+COMPILED = """
+mesh, params, rows = placed(config, {mesh})
+with set_mesh(mesh):
+    text = gradients.lower(params, *rows, config).compile().as_text()
+print("gathered", *re.findall(r"= \\w+\\[([\\d,]+)\\]\\S* all-gather", text))
+print("all", *set(re.findall(r"\\w+\\[([\\d,]+)\\]", text)))
 """
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, False), (2, 4, True), (4, 2, False)], ids=str)
-def test_sharded_parameters_give_the_same_loss_and_gradients(mesh: tuple[int, int, bool]) -> None:
+def run(program: str, **values: object) -> list[str]:
+    """What a program with eight devices prints."""
     paths = os.pathsep.join(str(Path(__file__).parents[n]) for n in (0, 1))
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM.format(mesh=mesh)]
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = {"XLA_FLAGS": flags, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    for name, value in values.items():
+        program = program.replace(f"{{{name}}}", repr(value))
+    command = [sys.executable, "-c", COMMON + program]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+SINGLE = [(4, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 4)]
+PRODUCTS = [(2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2)]
+CASES = {
+    "as many key/value heads as query heads, untied": [(8, False, [*SINGLE, PRODUCTS[0]])],
+    "fewer, tied": [(4, True, [(1, 1, 4, 1), *PRODUCTS])],
+    "too few to be split": [(2, False, [(1, 1, 4, 1), (2, 1, 4, 1)])],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_parameters_give_the_same_loss_and_gradients(case: str) -> None:
+    done = run(GRADIENTS, cases=CASES[case])
+    assert len(done) == sum(len(meshes) for *_, meshes in CASES[case])
+
+
+def test_every_mesh_of_eight_gives_the_same_loss() -> None:
+    sizes = (1, 2, 4, 8)
+    meshes = [(a, b, c, 8 // (a * b * c)) for a in sizes for b in sizes for c in sizes if 8 % (a * b * c) == 0]
+    assert len(run(EVERY, meshes=meshes)) == len(meshes) == 20
+
+
+def shapes_of(line: str) -> list[tuple[int, ...]]:
+    return [tuple(map(int, shape.split(","))) for shape in line.split()[1:]]
+
+
+def test_weights_are_never_gathered_whole_over_tensor_devices() -> None:
+    gathered, every = run(COMPILED, mesh=(1, 1, 4, 1))
+    whole = {(2, 8, 16), (4, 2, 8, 16), (24, 16), (16, 24), (40, 16)}
+    assert not whole & {*shapes_of(gathered)}
+    assert not {(24, 16), (16, 24), (40, 16)} & {*shapes_of(every)}
+
+
+def test_a_batch_stays_sharded() -> None:
+    """Each device has its row of the tokens; no device sees the logits, or the hidden states, of all rows."""
+    _, every = run(COMPILED, mesh=(4, 2, 1, 1))
+    assert (1, 24, 40) in shapes_of(every)
+    assert not [shape for shape in shapes_of(every) if shape[:2] == (8, 24) and len(shape) > 2]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,3 +136,19 @@ def test_every_parameter_has_a_partition(tied: bool) -> None:
     assert block.attn.q == PartitionSpec("tensor", None, None, "fsdp")
     assert block.attn.o == PartitionSpec("fsdp", "tensor", None, None)
     assert block.ffn.down == PartitionSpec("fsdp", "tensor")
+
+
+def test_query_heads_are_split_where_there_are_too_few_of_keys() -> None:
+    attn = layers_of(specs(Config(32, 16, 2, 2, 4, 10, 24, 8, 1e-5, 1e4, None, True), {"tensor": 4}))[1].attn
+    assert attn.q == PartitionSpec(None, "tensor", None, None) and attn.k == PartitionSpec(None, None, None)
+    assert attn.o == PartitionSpec(None, None, "tensor", None)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "field"), [({"tensor": 3}, "vocab"), ({"fsdp": 5}, "dim"), ({"tensor": 16, "fsdp": 2}, "q_per_kv")]
+)
+def test_what_does_not_divide_is_refused_by_name(mesh: dict[str, int], field: str) -> None:
+    config = Config(32, 16, 2, 4, 2, 10, 48, 8, 1e-5, 1e4, None, True)
+    with pytest.raises(LlamaError, match=f"^mesh: {field}: got .*, expected a multiple of ") as error:
+        specs(config, mesh)
+    assert (error.value.file, error.value.field) == ("mesh", field)
