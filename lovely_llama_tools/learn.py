@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Key
 
 from lovely_llama import (
@@ -25,6 +26,7 @@ from lovely_llama import (
     init,
     loss,
     moments,
+    specs,
     stack,
 )
 
@@ -93,15 +95,32 @@ def step(
     """Gradients, micro-batch by micro-batch, clipped, into AdamW. If they are not finite, nothing changes."""
 
     def objective(trained: Any, *rows: Array) -> Float[Array, ""]:
-        return loss_of(base, trained, rows, recipe)
+        return loss_of(base, in_place(trained, recipe.config), rows, recipe)
 
-    micro = [ids.reshape(-1, recipe.micro_batch, ids.shape[-1]) for ids in rows]
+    # Each micro-batch has rows from all parts of the batch, and thus from every device.
+    micro = [ids.reshape(recipe.micro_batch, -1, ids.shape[-1]).swapaxes(0, 1) for ids in rows]
     value, gradients = accumulate(objective, trained, *micro)
     gradients, norm = clip(gradients, recipe.clip)
     good = jnp.isfinite(value) & jnp.isfinite(norm)
     new = adamw(trained, gradients, moments, rate, recipe.weight_decay, recipe.betas)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, (trained, moments))
-    return *kept, Report(value, norm, good)
+    trained, moments = (in_place(tree, recipe.config) for tree in kept)
+    return trained, moments, Report(value, norm, good)
+
+
+def in_place(tree: Any, config: Config) -> Any:
+    """On a mesh of devices, whole models within a tree, and so their derivatives, split as their parameters are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    parts = specs(config, dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)))
+    blocks = jax.tree.map(lambda spec: PartitionSpec(None, *spec), parts.blocks[0])
+
+    def split(node: Any) -> Any:
+        whole = isinstance(node, Params)
+        return jax.lax.with_sharding_constraint(node, parts._replace(blocks=blocks)) if whole else node
+
+    return jax.tree.map(split, tree, is_leaf=lambda node: isinstance(node, Params))
 
 
 # ---- What is trained -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lovely_llama import CONFIGS, KEEP, Config, __version__, check, check_config
 
 from .formats import DTYPES
 from .learn import MATRICES, Recipe
+from .mesh import HELP, parse_mesh
 from .options import number, whole
 
 # What --init-from leaves no choice of.
@@ -64,6 +65,7 @@ class Settings(NamedTuple):
     keep: int = 2
     patience: int | None = None
     sample: int = 100
+    mesh: str | None = None
 
 
 class Bound(NamedTuple):
@@ -137,6 +139,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     option("--lora-targets", metavar="A,B", help=f"matrices with adapters (default: {','.join(MATRICES)})")
     option("--dtype", choices=[*DTYPES], help="of the arithmetic; the parameters stay float32 (default: float32)")
     option("--remat", choices=[*KEEP], help="what a layer keeps for its derivative (default: dots)")
+    option("--mesh", metavar="AXIS=N,…", help=HELP)
     option("--pack", action="store_true", help="several documents in a row, which do not see each other")
 
 
@@ -173,6 +176,8 @@ def check_settled(s: Settings, given: Mapping[str, Any]) -> None:
     check("lora_targets", ", ".join(unknown), not unknown, f"some of {','.join(MATRICES)}")
     check("lora", s.lora, s.lora is None or s.init_from is not None, "a model to adapt: --init-from")
     check("config", s.config, s.config is None or s.init_from is None, "nothing, as --init-from has a model")
+    if s.mesh:
+        parse_mesh(s.mesh)
     for name in MODEL if s.init_from else ():
         check(name, given.get(name), name not in given, "nothing, as --init-from has a model")
 
@@ -204,9 +209,13 @@ def row_length(s: Settings, model: Config | None) -> int:
 
 
 def rows_at_once(s: Settings, config: Config) -> int:
-    """The most rows, a divisor of the batch, whose logits are at most `LOGITS` numbers; all of them but on a CPU."""
+    """The most rows, a divisor of the batch, whose logits are at most `LOGITS` numbers; all of them but on a CPU.
+
+    On a mesh, every device has some of them."""
     fitting = LOGITS // (row_length(s, config) * config.vocab) if jax.default_backend() == "cpu" else s.batch
-    return max(rows for rows in range(1, s.batch + 1) if s.batch % rows == 0 and rows <= max(fitting, 1))
+    sizes = parse_mesh(s.mesh) if s.mesh else {"data": 1, "fsdp": 1}
+    least = sizes["data"] * sizes["fsdp"]
+    return max(rows for rows in range(least, s.batch + 1, least) if s.batch % rows == 0 and rows <= max(fitting, least))
 
 
 def recipe_of(s: Settings, config: Config) -> Recipe:

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
 from lovely_llama import Block, Config, check, count, learning_rate
@@ -42,6 +41,7 @@ from .learn import (
     to_stored,
     unstacked,
 )
+from .mesh import batch_sharding, check_batch, make_mesh, parse_mesh, place
 from .options import add_command
 from .runs import BEST, RUN, State, agree, held, keep, of_step, read_back, read_fields, steps, write_json
 from .settings import Settings, add_options, fingerprints, new_config, recipe_of, row_length, settle, versions
@@ -93,7 +93,7 @@ class Run(NamedTuple):
     fingerprints: dict[str, Any]
     stop: Stop
     book: Journal
-    rows: NamedSharding | None  # of a batch over several processes
+    rows: NamedSharding | None  # of a batch over several devices
 
 
 def train(args: argparse.Namespace) -> int:
@@ -114,7 +114,10 @@ def train(args: argparse.Namespace) -> int:
         agree_on({"code": code(), **{name: value for name, value in settings._asdict().items() if name not in PATHS}})
         corpus, config, learner, state, marks = started(folder, settings, at, args.allow)
         agree_on({**marks, "weights": digest_of(learner), "versions": ""})
-        learner, rows = over_all(learner, settings)
+        mesh, rows = mesh_of(settings, config), None
+        if mesh:
+            stack.enter_context(jax.set_mesh(mesh))
+            learner, rows = place(learner, config, mesh), batch_sharding(mesh)
         options = {"options": settings._asdict(), "config": asdict(config), "fingerprints": marks}
         if writes:
             write_json(folder / RUN, {**options, "versions": versions()})
@@ -204,14 +207,15 @@ def digest_of(arrays: Any) -> str:
     return digest.hexdigest()
 
 
-def over_all(learner: Learner, settings: Settings) -> tuple[Learner, NamedSharding | None]:
-    """The learner on the devices of all processes, if there are several, and how they divide a batch."""
-    if processes() == 1:
-        return learner, None
-    devices = jax.device_count()
-    check("batch", settings.batch, settings.batch % devices == 0, f"a multiple of {devices}, the number of devices")
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    return jax.device_put(learner, NamedSharding(mesh, P())), NamedSharding(mesh, P("data"))
+def mesh_of(settings: Settings, config: Config) -> Mesh | None:
+    """The devices that are asked for, or those of all processes; none where one will do."""
+    if not settings.mesh and processes() == 1:
+        return None
+    sizes = parse_mesh(settings.mesh or f"data={jax.device_count()}")
+    check_batch(settings.batch, row_length(settings, config), sizes)
+    if settings.micro_batch:
+        check_batch(settings.micro_batch, row_length(settings, config), sizes, "micro_batch")
+    return make_mesh(sizes)
 
 
 # ---- The course of a run ---------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""A mesh of devices: as a user names it, and what of a model and of a batch lies where on it."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lovely_llama import Block, Config, Params, check, specs, split
+
+AXES = ("data", "fsdp", "tensor", "seq")
+HELP = (
+    "devices by axis, such as data=2,tensor=4: data and fsdp divide a batch, fsdp the storage of each parameter, "
+    "tensor the heads and the width of layers, seq the tokens of a row"
+)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The number of devices along each axis: "data=2,tensor=4"."""
+    sizes = dict.fromkeys(AXES, 1)
+    found = re.findall(r"(?:^|,)(\w+)=(\d{1,9})(?=,|$)", text, re.ASCII)
+    good = ",".join(f"{name}={size}" for name, size in found) == text
+    good = good and all(name in AXES and int(size) > 0 for name, size in found)
+    good = good and len(dict(found)) == len(found) > 0
+    check("mesh", repr(text), good, f"sizes from 1 for some of {', '.join(AXES)}, such as data=2,tensor=4")
+    return sizes | {name: int(size) for name, size in found}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices, or of these, along whose axes XLA moves data by itself; absent axes have size 1."""
+    whole = [sizes.get(axis, 1) for axis in AXES]
+    devices = jax.devices() if devices is None else devices
+    need, there, said = math.prod(whole), len(devices), f"{math.prod(whole)} devices"
+    many = f": XLA_FLAGS=--xla_force_host_platform_device_count={need} divides a CPU"
+    hint = many if devices[0].platform == "cpu" else ""
+    check("mesh", said, need == there, f"{there}, as many as there are{hint}")
+    return Mesh(jax.make_mesh(whole, AXES, devices=devices).devices, AXES)
+
+
+def shardings(config: Config, mesh: Mesh, stacked: bool) -> Params:
+    """Where each parameter lies, its layers in a tuple or stacked; what does not divide is refused by name."""
+    parts = specs(config, mesh.shape)
+    if stacked:
+        (first, *_) = parts.blocks
+        parts = parts._replace(blocks=jax.tree.map(lambda spec: PartitionSpec(None, *spec), first))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parts)
+
+
+def place(tree: Any, config: Config, mesh: Mesh) -> Any:
+    """A tree on the mesh: whole models in it are split, other arrays lie on every device."""
+
+    def placed(node: Any) -> Any:
+        if isinstance(node, Params):
+            return jax.device_put(node, shardings(config, mesh, isinstance(node.blocks, Block)))
+        return jax.device_put(node, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(placed, tree, is_leaf=lambda node: isinstance(node, Params))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the rows of a batch lie, and the tokens of each."""
+    return NamedSharding(mesh, split(("batch", "seq"), mesh.axis_names))
+
+
+def check_batch(rows: int, seq: int, mesh: Mapping[str, int], what: str = "batch") -> None:
+    """Refuse rows that the mesh does not divide evenly."""
+    groups, parts = mesh["data"] * mesh["fsdp"], mesh["seq"]
+    check(what, rows, rows % groups == 0, f"a multiple of {groups}, data × fsdp of the mesh")
+    check("ctx", seq, seq % parts == 0, f"a multiple of {parts}, seq of the mesh")
