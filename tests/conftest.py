@@ -46,6 +46,14 @@ def no_type_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def fewer_optimisations() -> Iterator[None]:
+    """Compile in less time, for programs that are run only once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 # ---- Recordings of llama2.c ------------------------------------------------------------------------------------------
 
 

@@ -125,6 +125,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("./dev soak", description=__doc__)
     parser.add_argument("kills", metavar="N", nargs="?", type=int, default=20)
     kills, failed = parser.parse_args().kills, False
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # killed processes leave semaphores to its care
     for number, strikes in ((signal.SIGKILL, kills), (signal.SIGINT, kills // 2), (signal.SIGTERM, kills // 2)):
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

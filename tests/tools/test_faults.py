@@ -42,7 +42,7 @@ CASES: dict[str, Case] = {
     **faults_data.CASES,
     **faults_devices.CASES,
 }
-pytestmark = pytest.mark.usefixtures("no_type_checks")
+pytestmark = pytest.mark.usefixtures("no_type_checks", "fewer_optimisations")
 VARIANTS = [(case, name) for case in CASES for name in CASES[case].variants]
 
 
@@ -52,14 +52,6 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path,
     talker = write_talker(folder / "talker.gguf")
     endless, french = write_talker(folder / "endless.gguf", ctx=8192), write_talker(folder / "french.gguf", "é")
     return talker, endless, french, load(talker)
-
-
-@pytest.fixture(autouse=True)
-def fewer_optimisations() -> Generator[None]:
-    """Most programs here are run once: without optimisation, they are compiled in a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
