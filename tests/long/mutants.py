@@ -135,7 +135,7 @@ MUTANTS = [
     Mutant("a resume forgets how often it has updated", "learn", "Moments(jnp.array(updates)", "Moments(jnp.array(0)", 24),
     Mutant("a resume forgets the best", "runs", "for name in State._fields}", 'for name in State._fields if name != "best"}', 24),
     Mutant("an evaluation that is owed is not made up for", "train", "if state.owed and not over(run, state):", "if False:", 24),
-    Mutant("micro-batches of a batch counted as batches", "learn", "ids.reshape(-1, recipe.micro_batch, ids.shape[-1])", "ids.reshape(-1, recipe.micro_batch, ids.shape[-1])[:1]", 22),
+    Mutant("micro-batches of a batch counted as batches", "learn", "swapaxes(0, 1) for ids in rows]", "swapaxes(0, 1)[:1] for ids in rows]", 22),
     Mutant("packed documents see each other in a step", "learn", "DTYPES[recipe.dtype], *first)", "DTYPES[recipe.dtype])", 23),
     Mutant("gradients not clipped", "learn", "gradients, norm = clip(gradients, recipe.clip)", "_, norm = clip(gradients, recipe.clip)", 25),
     Mutant("the rate one step late", "train", "learning_rate(state.step,", "learning_rate(state.step + 1,", 25),
