@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from lovely_llama import LlamaError, __version__
 
-from . import convert, evaluate, inspect, launch, plot, talk, tokenize, train
+from . import convert, evaluate, inspect, launch, plan, plot, talk, tokenize, train
 from .interrupts import tell
 from .options import DEBUG, Arguments
 
-COMMANDS = (talk, train, launch, evaluate, plot, convert, inspect, tokenize)
+COMMANDS = (talk, train, launch, plan, evaluate, plot, convert, inspect, tokenize)
 
 
 def arguments() -> Arguments:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ PACKAGES = {
     "train": ("matplotlib", "tensorboardX", "tqdm"),
     "plot": ("matplotlib",),
     "eval": ("lm-eval",),
+    "tpu": ("jax[tpu]",),
 }
 
 
@@ -26,7 +28,7 @@ def extra(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        how = f"it: pip install {' '.join(PACKAGES[name])}"
+        how = f"it: pip install {shlex.join(PACKAGES[name])}"
         raise LlamaError("environment", module.split(".")[0], "no such package", how) from error
 
 

@@ -18,7 +18,7 @@ from .extras import progress
 from .files import checkpoint
 from .formats import Checkpoint, widened
 from .layout import HUGGING_FACE, Layout, tensor
-from .options import add_command
+from .options import add_command, columns
 from .tokens import Tokenizer
 
 Row = dict[str, Any]
@@ -146,9 +146,3 @@ def plain(value: Any) -> str:
         return " × ".join(map(plain, value)) if isinstance(value, tuple) else ", ".join(map(plain, value))  # pyright: ignore
     text = f"{value:,}" if isinstance(value, int) else str(value)
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def columns(table: list[tuple[str, ...]]) -> list[str]:
-    """Rows of cells, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

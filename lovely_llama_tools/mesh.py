@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lovely_llama import Block, Config, Params, check, specs, split
@@ -36,7 +37,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     many = f": XLA_FLAGS=--xla_force_host_platform_device_count={need} divides a CPU"
     hint = many if devices[0].platform == "cpu" else ""
     check("mesh", said, need == there, f"{there}, as many as there are{hint}")
-    return Mesh(jax.make_mesh(whole, AXES, devices=devices).devices, AXES)
+    # An axis of the mesh may be a part of one of a TPU's torus, which jax.make_mesh refuses.
+    return Mesh(create_device_mesh(whole, devices, allow_split_physical_axes=True), AXES)
 
 
 def shardings(config: Config, mesh: Mesh, stacked: bool) -> Params:

@@ -46,3 +46,9 @@ def add_command(commands: Any, name: str, what: str, run: Callable[[argparse.Nam
     command.add_argument("--debug", **DEBUG | {"default": argparse.SUPPRESS})
     command.set_defaults(run=run)
     return command
+
+
+def columns(table: list[tuple[str, ...]]) -> list[str]:
+    """Rows of cells, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

@@ -26,7 +26,7 @@ def dev(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in ("ruff", "pyright", "lint-imports", "python"):
         program(tmp_path / name, "exit 0")
     monkeypatch.setattr(module, "BIN", tmp_path)
-    for name in ("install_dev", "install_readme"):
+    for name in ("install_dev", "install_readme", "install_tpu"):
         monkeypatch.setattr(module, name, lambda: None)
     return module
 

@@ -28,6 +28,7 @@ TOOLS = (
     "formats/__init__", "formats/gguf", "formats/gguf_header", "formats/gguf_rope", "formats/hugging_face",
     "formats/hugging_face_config", "formats/llama2c", "formats/meta", "formats/pth", "formats/safetensors",
     "hub", "files", "generate", "chat", "inspect", "interrupts", "journal", "learn", "runs", "settings", "train",
+    "chips", "compiling", "estimates", "hlo", "plan",
 )  # fmt: skip
 
 
@@ -170,6 +171,7 @@ TESTS = {
     **{key: ["tests/tools/test_hugging_face.py"] for key in ("formats/hugging_face_config", "formats/safetensors")},
     "formats/pth": ["tests/tools/test_meta.py"],
     "hub": ["tests/tools/test_hugging_face.py"],
+    **{key: ["tests/tools/test_plan.py"] for key in ("chips", "compiling", "estimates")},
     **{key: ["tests/tools/test_train.py"] for key in ("interrupts", "journal", "settings")},
     "learn": ["tests/tools/test_train.py", "tests/tools/test_faults.py::test_variant[H8-NaN]"],
 }
