@@ -271,7 +271,7 @@ def test_adamw_is_that_of_torch_and_optax() -> None:
     other, state = PARAMS, transform.init(PARAMS)
     params, remembered, step = PARAMS, moments(PARAMS), jit(partial(adamw, decay=0.1))
     for i, rate in enumerate(rates):
-        gradients = drawn(i, PARAMS, 10.0 ** (i % 3 - 1))
+        gradients = drawn(i, PARAMS, 10.0 ** (i % 3 - 4))  # small enough for ε to matter
         params, remembered = step(params, gradients, remembered, np.float32(rate))
         for group in optimizer.param_groups:
             group["lr"] = rate
