@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax import lax, vmap
 from jax import numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from lovely_llama import (
@@ -22,11 +23,12 @@ from lovely_llama import (
     check,
     check_params,
     embed_tokens,
-    empty_cache,
     is_whole,
     readout,
+    split,
 )
 
+from .caches import cache_sharding, everywhere, groups, new_cache, running
 from .formats import Model, free_memory
 from .generate import Generation, Session, checked, program, prompt_tokens
 
@@ -47,12 +49,19 @@ class Continuation(NamedTuple):
 # ---- One token of every row ------------------------------------------------------------------------------------------
 
 
+def over() -> Any:
+    """The axes of a mesh over which rows are split."""
+    return split(["batch"], jax.sharding.get_abstract_mesh().axis_names)[0]
+
+
 @program
 def rows_begin(
     params: Params, tokens: Int[Array, "batch 1"], starts: Int[Array, " batch"], config: Config
 ) -> tuple[Float[Array, "batch 1 dim"], Float[Array, "batch 1 pairs"]]:
     """`embed_tokens` of each row's token, which stands at a position of its own."""
-    return vmap(lambda tokens, start: embed_tokens(params, tokens, start, config))(tokens, starts)
+    return vmap(lambda tokens, start: embed_tokens(params, tokens, start, config), spmd_axis_name=over())(
+        tokens, starts
+    )
 
 
 @partial(program, donate_argnames=("x", "cache"))
@@ -65,7 +74,7 @@ def rows_layer(
     def row(x: Array, angles: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
         return block(w, x, angles, cache, start, config)
 
-    return vmap(row)(x, angles, cache, starts)
+    return vmap(row, spmd_axis_name=over())(x, angles, cache, starts)
 
 
 @program
@@ -74,21 +83,27 @@ def rows_end(params: Params, x: Float[Array, "batch 1 dim"], config: Config) -> 
     return vmap(lambda x: readout(params, x[0], config))(x)
 
 
-@partial(jax.jit, donate_argnames="rows")
+def at(array: Float[Array, "*shape"], place: NamedSharding | None) -> Float[Array, "*shape"]:
+    """An array that is to lie there, on a mesh."""
+    return array if place is None else lax.with_sharding_constraint(array, place)
+
+
+@partial(jax.jit, donate_argnames="rows", static_argnames="place")
 def placed(
     rows: Float[Array, "batch kv_heads room head_dim"], row: Float[Array, "kv_heads ctx head_dim"],
-    slot: Int[Array | np.ndarray, ""],
+    slot: Int[Array, ""], place: NamedSharding | None,
 ) -> Float[Array, "batch kv_heads room head_dim"]:  # fmt: skip
     """A layer's keys or values, with those of one row replaced. Beyond the row's end stays what is read no more."""
-    return lax.dynamic_update_slice(rows, row[None, :, : rows.shape[2]], (slot, 0, 0, 0))
+    return at(lax.dynamic_update_slice(rows, row[None, :, : rows.shape[2]], (slot, 0, 0, 0)), place)
 
 
-@partial(jax.jit, static_argnames="room")
+@partial(jax.jit, static_argnames=("room", "place"))
 def chosen(
-    rows: Float[Array, "batch kv_heads ctx head_dim"], kept: Int[Array | np.ndarray, " kept"], room: int
-) -> Float[Array, "kept kv_heads room head_dim"]:
+    rows: Float[Array, "batch kv_heads ctx head_dim"], kept: Int[Array | np.ndarray, " kept"], room: int,
+    place: NamedSharding | None,
+) -> Float[Array, "kept kv_heads room head_dim"]:  # fmt: skip
     """Some rows of a layer's keys or values, with positions added at the end."""
-    return jnp.pad(rows[kept], ((0, 0), (0, 0), (0, room - rows.shape[2]), (0, 0)))
+    return at(jnp.pad(rows[kept], ((0, 0), (0, 0), (0, room - rows.shape[2]), (0, 0))), place)
 
 
 # ---- A batch ---------------------------------------------------------------------------------------------------------
@@ -133,34 +148,36 @@ class Batch:
     """Rows that go on in step, and their cache. Idle ones are computed too, and not read."""
 
     def __init__(self, model: Model, size: int) -> None:
-        self.model, self.rows = model, list[Row | None]([None] * size)
+        self.model, each = model, groups(model.params)
+        self.rows = list[Row | None]([None] * (each * max(1, -(-size // each))))
         self.session = Session(model)  # reads the prompts one after another, a common beginning only once
-        empty, dtype = jnp.zeros(size), model.params.embed.dtype
-        self.cache: tuple[Cache, ...] = vmap(lambda _: empty_cache(model.config, 0, dtype))(empty)
+        self.cache: tuple[Cache, ...] = new_cache(model.params, model.config, 0, len(self.rows))
 
     def enter(self, row: Row, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]:
         """Read a prompt into its row of the cache."""
         logits, new = self.session.read_new(tokens)
         self.reserve(len(tokens))
-        slot = np.array(self.rows.index(row), np.int32)
-        self.cache = jax.tree.map(lambda rows, one: placed(rows, one, slot), self.cache, self.session.cache)
+        slot = everywhere(self.model.params, np.array(self.rows.index(row), np.int32))
+        place = cache_sharding(self.model.params, True)
+        self.cache = jax.tree.map(lambda rows, one: placed(rows, one, slot, place), self.cache, self.session.cache)
         return logits, new
 
     def step(self) -> None:
         """Read every row's last token, for the logits after it."""
         config, params = self.model.config, self.model.params
         tokens, starts = np.zeros((len(self.rows), 1), np.int32), np.zeros(len(self.rows), np.int32)
-        running = [(slot, row) for slot, row in enumerate(self.rows) if row and row.cached]
-        for slot, row in running:
+        active = [(slot, row) for slot, row in enumerate(self.rows) if row and row.cached]
+        for slot, row in active:
             said = row.generation.tokens
             tokens[slot], starts[slot] = said[-1], len(row.generation.prompt) + len(said) - 1
         self.reserve(int(starts.max()) + 1)
-        ends, at, layers = params._replace(blocks=()), jnp.asarray(starts), list(self.cache)
-        x, angles = rows_begin(ends, jnp.asarray(tokens), at, config)
-        for i, w in enumerate(cast(tuple[Block, ...], params.blocks)):
-            x, layers[i] = rows_layer(w, x, angles, layers[i], at, config)
-        self.cache, logits = tuple(layers), rows_end(ends, x, config)
-        for slot, row in running:
+        ends, layers, place = params._replace(blocks=()), list(self.cache), everywhere(params, starts)
+        with running(params):
+            x, angles = rows_begin(ends, everywhere(params, tokens), place, config)
+            for i, w in enumerate(cast(tuple[Block, ...], params.blocks)):
+                x, layers[i] = rows_layer(w, x, angles, layers[i], place, config)
+            self.cache, logits = tuple(layers), rows_end(ends, x, config)
+        for slot, row in active:
             row.logits = logits[slot]
 
     def reserve(self, length: int) -> None:
@@ -174,24 +191,25 @@ class Batch:
 
     def shrink(self) -> None:
         """Leave out the idle rows, where that halves the batch."""
-        running, size = [slot for slot, row in enumerate(self.rows) if row], len(self.rows)
-        while 0 < len(running) <= size // 2:
+        active, size = [slot for slot, row in enumerate(self.rows) if row], len(self.rows)
+        while 0 < len(active) <= size // 2 and size // 2 % groups(self.model.params) == 0:
             size //= 2
         if size < len(self.rows):
-            kept = [*running, *(slot for slot, row in enumerate(self.rows) if not row)][:size]
+            kept = [*active, *(slot for slot, row in enumerate(self.rows) if not row)][:size]
             self.rows = [self.rows[slot] for slot in kept]
             self._keep(kept, self.cache[0].keys.shape[2])
 
     def _keep(self, kept: list[int], room: int) -> None:
         """These rows alone, with so much room; a layer at a time, so that memory for both is never taken."""
-        config, dtype = self.model.config, self.model.params.embed.dtype
-        need = 2 * config.layers * config.kv_heads * config.head_dim * len(kept) * room * dtype.itemsize
+        config, params = self.model.config, self.model.params
+        need = 2 * config.layers * config.kv_heads * config.head_dim * len(kept) * room * params.embed.dtype.itemsize
         free, gib = free_memory() + sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache)), 2**30
         says = f"{need / gib:.1f} GiB for the cache of {len(kept)} rows of {room} tokens"
         check("memory", f"{free / gib:.1f} GiB free", need <= free, says, "batch")
-        layers, self.cache, slots = list(self.cache), (), np.array(kept, np.int32)
+        layers, self.cache = list(self.cache), ()
+        choose = partial(chosen, kept=np.array(kept, np.int32), room=room, place=cache_sharding(params, True))
         for i, layer in enumerate(layers):
-            layers[i] = Cache(chosen(layer.keys, slots, room), chosen(layer.values, slots, room))
+            layers[i] = Cache(choose(layer.keys), choose(layer.values))
         self.cache = tuple(layers)
 
 
@@ -226,7 +244,7 @@ def generate_all(
 
 def in_order(model: Model, prompts: list[tuple[list[int], Settings]], size: int) -> Iterator[Continuation]:
     """The continuations. A row that ends makes place for the next prompt."""
-    batch, ended, shown = Batch(model, max(1, min(size, len(prompts)))), dict[int, Continuation](), 0
+    batch, ended, shown = Batch(model, min(size, len(prompts))), dict[int, Continuation](), 0
     waiting = deque(enumerate(prompts))
     while shown < len(prompts):
         for slot, row in enumerate(batch.rows):

@@ -10,7 +10,7 @@ from lovely_llama import LlamaError, check
 from .corpora import read_text
 from .files import load
 from .harness import run_tasks
-from .options import add_command, ids, whole
+from .options import add_command, add_mesh, chosen_mesh, ids, whole
 from .scoring import Score, perplexity
 
 
@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     command.add_argument("--tasks", metavar="NAME,…", help="tasks of lm-eval, in place of texts")
     command.add_argument("--include-path", metavar="DIR", help="where tasks of your own are")
     command.add_argument("--limit", type=whole, metavar="N", help="the first N examples of each task alone")
+    add_mesh(command)
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -46,7 +47,9 @@ def evaluate(args: argparse.Namespace) -> None:
 def on_tasks(args: argparse.Namespace) -> dict[str, Any]:
     """The metrics of tasks, by task and name."""
     check("limit", args.limit, args.limit is None or args.limit > 0, "a whole number from 1")
-    results = run_tasks(load(args.model), args.tasks.split(","), args.include_path, args.limit)
+    results = run_tasks(
+        load(args.model, mesh=chosen_mesh(args.mesh)), args.tasks.split(","), args.include_path, args.limit
+    )
     return {f"{task} {name}": value for task, found in results.items() for name, value in found.items()}
 
 
@@ -55,7 +58,7 @@ def on_texts(args: argparse.Namespace) -> dict[str, Any]:
     texts = [(path, read_text(path)) for path in args.texts]
     for path, text in texts:
         check("text", "nothing", bool(text.strip()), "a text", path)
-    model, start = load(args.model), time.perf_counter()
+    model, start = load(args.model, mesh=chosen_mesh(args.mesh)), time.perf_counter()
     found = list[Score]()
     for path, text in texts:
         try:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from lovely_llama import LlamaError, check
 
 from .formats import Checkpoint, Model, open_file
@@ -43,14 +45,14 @@ def checkpoint(path: str | Path) -> Generator[Checkpoint]:
         yield opener(path)(path, files)
 
 
-def load(path: str | Path, dtype: str | None = None) -> Model:
+def load(path: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
     """Read a checkpoint: a file, a folder, or a name on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M.
 
     The parameters are float32 on a CPU, and elsewhere have the checkpoint's own dtype, unless `dtype` says otherwise:
-    "float32", "float16" or "bfloat16".
+    "float32", "float16" or "bfloat16". On a mesh of devices they are split as `specs` says.
     """
     with checkpoint(path) as found:
-        return found.load(dtype)
+        return found.load(dtype, mesh)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -26,12 +26,12 @@ from lovely_llama import (
     check_tokens,
     choose,
     embed_tokens,
-    empty_cache,
     fold_layers,
     is_whole,
     readout,
 )
 
+from .caches import everywhere, new_cache, running
 from .formats import Model
 from .tokens import Tokenizer, check_text
 
@@ -63,7 +63,7 @@ def read(
     cannot be traced into another one.
     """
     # Passing arrays to a program takes time: no layers go to programs that need none, and start is converted once.
-    ends, start = params._replace(blocks=()), jnp.asarray(start)
+    ends, start = params._replace(blocks=()), everywhere(params, start)
     x, angles = read_tokens(ends, tokens, start, config)
     x, cache = fold_layers(lambda x, w, cache: read_layer(w, x, angles, cache, start, config), x, params.blocks, cache)
     return read_out(ends, x, last, config), cache
@@ -95,7 +95,7 @@ class Session:
 
     def read_new(self, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]:
         """`logits`, of tokens that are known to be good, and how many of them were read."""
-        with self._lock:
+        with self._lock, running(self.model.params):
             new = self._truncate(tokens)
             count = len(new)
             self._reserve(len(tokens))
@@ -131,9 +131,9 @@ class Session:
 
         Writing past the end would not raise: `dynamic_update_slice` clamps the start, and overwrites earlier positions.
         """
-        config, dtype, room = self.model.config, self.model.params.embed.dtype, self._fitting(length)
+        room = self._fitting(length)
         if not self.room:
-            self.room, self.cache = room, empty_cache(config, room, dtype)
+            self.room, self.cache = room, new_cache(self.model.params, self.model.config, room)
         elif room > self.room:
             if self._preparation.ident:
                 self._preparation.join()
@@ -160,11 +160,12 @@ class Session:
     def _prepare(self, room: int, following: int) -> None:
         """Compile what a token needs where the cache grows from one size to another, by running one layer of zeros."""
         config, params = self.model.config, self.model.params
-        (old,) = empty_cache(replace(config, layers=1), room, params.embed.dtype)
-        cache = Cache(widen(old.keys, following), widen(old.values, following))
-        zero = np.array(0, np.int32)
-        x, angles = read_tokens(params._replace(blocks=()), np.zeros(1, np.int32), jnp.asarray(zero), config)
-        read_layer(cast(Any, params.blocks)[0], x, angles, cache, jnp.asarray(zero), config)
+        with running(params):
+            (old,) = new_cache(params, replace(config, layers=1), room)
+            cache = Cache(widen(old.keys, following), widen(old.values, following))
+            zero = everywhere(params, np.array(0, np.int32))
+            x, angles = read_tokens(params._replace(blocks=()), np.zeros(1, np.int32), zero, config)
+            read_layer(cast(Any, params.blocks)[0], x, angles, cache, zero, config)
 
 
 @runtime_checkable

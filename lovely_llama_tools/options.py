@@ -5,8 +5,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lovely_llama import LlamaError, check
 
+from .mesh import make_mesh, parse_mesh
+
+MESH = (
+    "devices by axis, such as data=2,tensor=4: tensor divides layers and their caches, fsdp the storage of parameters, "
+    "and data, with fsdp, the rows of many prompts"
+)
 DEBUG: dict[str, Any] = {"action": "store_true", "help": "show the traceback of an error"}
 
 
@@ -30,6 +38,20 @@ def whole(text: str) -> int:
     if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def add_mesh(command: Arguments) -> None:
+    """Add the option --mesh to a command that does not train."""
+    command.add_argument("--mesh", metavar="AXIS=N,…", help=MESH)
+
+
+def chosen_mesh(text: str | None) -> Mesh | None:
+    """The mesh of the option --mesh."""
+    if text is None:
+        return None
+    sizes = parse_mesh(text)
+    check("mesh", f"seq={sizes['seq']}", sizes["seq"] == 1, "1: tokens are divided in training alone")
+    return make_mesh(sizes)
 
 
 def ids(text: str, path: object) -> list[int]:

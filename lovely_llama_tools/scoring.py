@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -19,12 +19,12 @@ from lovely_llama import (
     check,
     check_tokens,
     embed_tokens,
-    empty_cache,
     is_whole,
     readout,
     wide,
 )
 
+from .caches import everywhere, new_cache, running
 from .extras import progress
 from .formats import Model
 from .tokens import check_text
@@ -93,13 +93,13 @@ def scores(model: Model, tokens: Sequence[int], targets: Sequence[int]) -> Score
     while size < count:
         size *= 2
     padded, wanted = (np.array([*ids, *[0] * (size - count)], np.int32) for ids in (tokens, targets))
-    ends, zero = params._replace(blocks=()), jnp.array(0)
-    (cache,) = empty_cache(replace(config, layers=1), size, params.embed.dtype)
-    x, angles = read(ends, padded, zero, config)
-    layers: Any = params.blocks
-    for w in layers:
-        x, _ = layer(w, x, angles, cache, zero, config)
-    nats, likeliest = (np.asarray(array)[:count] for array in score(ends, x, jnp.asarray(wanted), config))
+    ends, zero, layers = params._replace(blocks=()), everywhere(params, np.array(0, np.int32)), cast(Any, params.blocks)
+    with running(params):
+        (cache,) = new_cache(params, replace(config, layers=1), size)
+        x, angles = read(ends, padded, zero, config)
+        for w in layers:
+            x, _ = layer(w, x, angles, cache, zero, config)
+        nats, likeliest = (np.asarray(array)[:count] for array in score(ends, x, jnp.asarray(wanted), config))
     if not np.isfinite(nats).all():
         raise FloatingPointError("model: logits: got NaN or ∞, expected numbers")
     return Scores(nats, likeliest)

@@ -23,7 +23,7 @@ from .files import default_model, load
 from .formats import DTYPES, Model
 from .generate import Generation, Session, generate
 from .interrupts import ending
-from .options import add_command, ids, number, whole
+from .options import add_command, add_mesh, chosen_mesh, ids, number, whole
 from .tokens import check_text
 
 HELP = "/bye or Ctrl-D ends the conversation, Ctrl-C an answer, /help shows this"
@@ -56,6 +56,7 @@ def add(commands: Any) -> None:
             option("--prompts", metavar="FILE", help=says)
             option("--batch", type=whole, metavar="N", help=f"of --prompts, N at once (default: {BATCH})")
             command.add_argument("--json", action="store_true", help="print an object of JSON for each of --prompts")
+        add_mesh(command)
         command.add_argument("--quiet", action="store_true", help="no line of statistics on stderr")
 
 
@@ -136,8 +137,8 @@ def talk(args: argparse.Namespace) -> None:
         texts = ["" if args.prompt == "-" else args.prompt, piped()]
         args.prompt = "\n".join(filter(None, texts))
     lines = read_prompts(args.prompts) if args.command == "generate" and args.prompts is not None else None
-    path = args.model or default_model()
-    model = load(path, args.dtype)
+    mesh, path = chosen_mesh(args.mesh), args.model or default_model()
+    model = load(path, args.dtype, mesh)
     sampling = (model.sampling or Sampling())._replace(**chosen)
     more = partial(generate, model, max_new=args.max_new, sampling=sampling, seed=seed, stop=args.stop or ())
     if lines is not None:

@@ -1,22 +1,25 @@
 """Checkpoint formats, one module each: a file or a folder in, a `Checkpoint` out. Here is what they share."""
 
+import math
 import mmap
 import os
 import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from lovely_llama import Config, LlamaError, Params, Sampling, check, count
+from lovely_llama import Config, LlamaError, Params, Sampling, check, count, shapes
 
 from ..extras import progress
 from ..layout import NAMES, Layout, all_tensors, from_named
+from ..mesh import shardings
 from ..tokens import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
@@ -63,19 +66,32 @@ class Checkpoint(NamedTuple):
         kind = self.tensors[f"{NAMES['embed'][self.layout.column]}.weight"].dtype
         return {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
 
-    def load(self, dtype: str | None = None) -> Model:
-        """The model, in float32 on a CPU and in the checkpoint's own dtype elsewhere, unless one is given."""
+    def load(self, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+        """The model, in float32 on a CPU and in the checkpoint's own dtype elsewhere, unless one is given.
+
+        On a mesh each tensor goes to its devices as soon as it is read: no device holds the whole model.
+        """
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else self.dtype())
         check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
         kind, names = np.dtype(DTYPES[dtype]), all_tensors(self.layout, self.config)
-        check_memory(kind.itemsize * count(self.config), self.file)
+        places = jax.tree.leaves(shardings(self.config, mesh, False)) if mesh else [None] * len(names)
+        place_of = dict(zip(names, places, strict=True))
+        check_memory(kind.itemsize * (share(self.config, mesh) if mesh else count(self.config)), self.file)
         with progress(f"loading {self.file.name}", len(names)) as advance:
 
             def put(name: str, array: Float[np.ndarray, "..."]) -> Array:
                 advance(1)
-                return jnp.asarray(owned(array, kind, name, self.file), kind)
+                copy = owned(array, kind, name, self.file)
+                return jax.device_put(cast(Any, copy), place_of[name]) if mesh else jnp.asarray(copy, kind)
 
             return Model(self.config, from_named(self.layout, self.get, self.config, put), self.tokenizer)
+
+
+def share(config: Config, mesh: Mesh) -> int:
+    """The number of parameters that a device holds; on CPUs, which share their memory, that all of them do."""
+    leaves = zip(jax.tree.leaves(shapes(config)), jax.tree.leaves(shardings(config, mesh, False)), strict=True)
+    held = sum(math.prod(place.shard_shape(leaf.shape)) for leaf, place in leaves)
+    return held * (mesh.size if jax.default_backend() == "cpu" else 1)
 
 
 def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

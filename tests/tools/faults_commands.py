@@ -376,7 +376,7 @@ CASES: dict[str, Case] = {
             "an abbreviated option": complains("generate", "abc", "--temp", "0", field=PROGRAM),
             "an unknown command": complains("shout", "abc", field=PROGRAM),
             "no command": ends(lambda w: w.main(), 2, PROGRAM, removed=USAGE, end=SystemExit),
-            "no prompt": ends(lambda w: w.main("generate"), 2, COMMAND, removed=USAGE, end=SystemExit),
+            "no prompt": ends(lambda w: w.main("generate", "--model", w.talker), 2, "PROMPT"),
             "two prompts": complains("generate", "abc", "def", field=PROGRAM),
             "an option without a value": complains("generate", "abc", "--seed"),
             "an empty stop": told("stop", "generate", "abc", "--stop", ""),

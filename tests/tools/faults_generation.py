@@ -78,7 +78,7 @@ BEYOND = {"lovely_llama_tools.generate:range": "lambda first, last: __import__('
 # No room for padding after the context: the start of the write is clamped, and earlier positions are overwritten.
 NO_PADDING = {
     "lovely_llama_tools.generate:Session._reserve": "lambda self, length: self.room or vars(self).update(room=64, "
-    "cache=empty_cache(self.model.config, self.model.config.ctx, self.model.params.embed.dtype))"
+    "cache=new_cache(self.model.params, self.model.config, self.model.config.ctx))"
 }
 
 
