@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -178,12 +178,12 @@ def gathered(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
 
 
-def agree_on(marks: Mapping[str, Any]) -> None:
+def agree_on(marks_of: Callable[[], Mapping[str, Any]]) -> None:
     """Refuse to go on if a process has other marks than process 0: one line names the mark and the process."""
     if processes() == 1:
         return
     store, prefix, wait = client(), f"lovely-llama/marks {next(ROUND)}", LONG * 1000
-    store.key_value_set(f"{prefix}/{index()}", json.dumps(marks, sort_keys=True))
+    store.key_value_set(f"{prefix}/{index()}", json.dumps(marks_of(), sort_keys=True))
     if index() == 0:
         all_marks = [json.loads(store.blocking_key_value_get(f"{prefix}/{i}", wait)) for i in range(processes())]
         store.key_value_set(f"{prefix}/verdict", json.dumps(difference(all_marks)))

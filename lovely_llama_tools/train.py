@@ -111,9 +111,9 @@ def train(args: argparse.Namespace) -> int:
             stack.enter_context(held(folder))
         if writes and args.resume is None:
             check_new(folder)
-        agree_on({"code": code(), **{name: value for name, value in settings._asdict().items() if name not in PATHS}})
+        agree_on(lambda: {"code": code(), **{name: v for name, v in settings._asdict().items() if name not in PATHS}})
         corpus, config, learner, state, marks = started(folder, settings, at, args.allow)
-        agree_on({**marks, "weights": digest_of(learner), "versions": ""})
+        agree_on(lambda: {**marks, "weights": digest_of(learner), "versions": ""})
         mesh, rows = mesh_of(settings, config), None
         if mesh:
             stack.enter_context(jax.set_mesh(mesh))
@@ -330,10 +330,11 @@ def sample(run: Run, learner: Learner) -> str:
     newlines = [i for i, piece in enumerate(tokenizer.pieces) if piece == b"\n"] if tokenizer else []
     room = min(run.settings.sample, run.config.ctx - 1)
     parts = list[str]()
-    for part in generate(model, start or newlines[:1] or [0], room, seed=run.settings.seed):
-        parts.append(part if isinstance(part, str) else f"{part} ")
-        if run.stop.seen:
-            break
+    with jax.set_mesh(None):  # of several processes one alone writes it, which cannot use the devices of others
+        for part in generate(model, start or newlines[:1] or [0], room, seed=run.settings.seed):
+            parts.append(part if isinstance(part, str) else f"{part} ")
+            if run.stop.seen:
+                break
     return "".join(parts)
 
 

@@ -98,7 +98,7 @@ def killed(world: World) -> Done:
 
 # ---- I5: processes that were started with something else -------------------------------------------------------------
 
-UNCOMPARED = {"lovely_llama_tools.cluster:agree_on": "lambda marks: None"}
+UNCOMPARED = {"lovely_llama_tools.cluster:agree_on": "lambda marks_of: None"}
 OTHER_CODE = "import lovely_llama_tools.train as train; train.code = lambda: 'other'"
 
 

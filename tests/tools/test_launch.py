@@ -181,6 +181,7 @@ def test_a_place_that_cannot_be(field: str, values: tuple[str, ...], monkeypatch
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "--layers 1 --dim 8 --heads 2 --hidden-dim 12 --ctx 8 --batch 4 --sample 3 --lr 1e-2 --warmup 2"
 COURSE = "--steps 24 --save-every 4 --eval-every 8"
+MESH = "--mesh data=2,seq=2"  # each process has half of the rows, and each of its devices half of their tokens
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # it runs for seconds
 
 
@@ -199,8 +200,8 @@ class Runs:
         )  # fmt: skip
 
     def launch(self, *arguments: object) -> "subprocess.Popen[str]":
-        """Two processes."""
-        return self.start("launch", "-n", 2, "--", *words(*arguments))
+        """Two processes, of two devices each."""
+        return self.start("launch", "-n", 2, "--devices-per-process", 2, "--", *words(*arguments))
 
     def wait_for(self, run: Path, step: int, process: "subprocess.Popen[str]") -> None:
         """Wait for a step of a run."""
@@ -219,7 +220,7 @@ def kill(parent: "subprocess.Popen[str]", number: int) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A run of two processes that nothing disturbs, in the folder "whole"."""
     runs = Runs(tmp_path_factory.mktemp("runs"))
-    process = runs.launch(runs.text, MODEL, COURSE, "--out", runs.folder / "whole")
+    process = runs.launch(runs.text, MODEL, COURSE, MESH, "--out", runs.folder / "whole")
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert out.startswith(f"{runs.folder / 'whole' / 'best'}: validation loss")
@@ -228,7 +229,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_two_processes_train_as_one(both: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has its rows of a batch; the losses and gradients are those of one process with all of it."""
+    """On several devices; the losses and gradients are those of one process with one device."""
     hasten(monkeypatch)
     assert main(words(both.text, MODEL, COURSE, "--out", tmp_path / "run")) == 0
     for name in ("train_loss", "grad_norm", "val_loss"):
@@ -257,7 +258,7 @@ def test_each_reads_its_own_rows_of_a_batch(pack: bool, tmp_path: Path) -> None:
 
 def test_killed_interrupted_and_resumed_they_come_to_the_same_bits(both: Runs) -> None:
     run = both.folder / "run"
-    process = both.launch(both.text, MODEL, COURSE, "--out", run)
+    process = both.launch(both.text, MODEL, COURSE, MESH, "--out", run)
     both.wait_for(run, 7, process)
     kill(process, 1)
     out, err = process.communicate()
