@@ -10,6 +10,7 @@ other processes using more than 20 % of a core (which can slow a peer seventeenf
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -36,12 +37,15 @@ from jax import numpy as jnp
 from transformers.generation.streamers import BaseStreamer
 
 import lovely_llama as ll
+from lovely_llama_tools import learn
 from lovely_llama_tools.chat import chat_prompt
+from lovely_llama_tools.data import ahead, prepare
 from lovely_llama_tools.files import default_model, load
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.formats.hugging_face import from_hf
 from lovely_llama_tools.formats.llama2c import to_llama2c
 from lovely_llama_tools.generate import Session, read, read_layer
+from lovely_llama_tools.settings import Settings, rows_at_once
 from lovely_llama_tools.tokens import Tokenizer
 
 THREADS, BUSY, BUSY_IN = 2, 0.2, "The machine was busy, spread or others above 20 %, in"
@@ -295,7 +299,7 @@ def gradients(config: ll.Config) -> Any:
     return jax.jit(jax.value_and_grad(partial(ll.loss, config=config)))
 
 
-def learn(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
+def slopes(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
     """The loss and the gradients of all parameters, without an optimiser step."""
     (session, oracle), tokens = pair(name), np.random.default_rng(0).integers(3, 32000, (batch, seq), np.int32)
     targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)  # transformers shifts them itself
@@ -308,9 +312,9 @@ def learn(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
         loss.backward()
         return loss
 
-    loss, slopes = ours()
+    loss, found = ours()
     same(loss, theirs(oracle))
-    same(slopes.embed, oracle.model.embed_tokens.weight.grad)
+    same(found.embed, oracle.model.embed_tokens.weight.grad)
     peers = {"torch eager": rate(n, partial(theirs, oracle))}
     if "torch.compile" not in ABSENT:
         try:
@@ -319,6 +323,86 @@ def learn(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
         except Exception as error:  # of any type, from its compiler
             ABSENT["torch.compile"] = " ".join(str(error).split())[:100]
     return race(turns, "tokens/s", rate(n, ours), peers)
+
+
+def recipe(config: ll.Config, batch: int, seq: int) -> learn.Recipe:
+    """What `lovely-llama train` compiles into a step by default."""
+    settings = Settings(batch=batch, ctx=seq)
+    return learn.Recipe(config, rows_at_once(settings, config), 1.0, 0.1, (0.9, 0.95), "float32", "dots", 1.0)
+
+
+def whole_step(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
+    """A step of training: gradients, clipped, into AdamW, with the same rate and decay in both."""
+    model, tokens = pair(name).session.model, np.random.default_rng(0).integers(3, 32000, (batch, seq + 1), np.int32)
+    oracle, rate_of, n = copy.deepcopy(pair(name).oracle), jnp.float32(1e-4), batch * seq
+    base, trained, moments = learn.beginner(None, learn.stacked(model.params))
+    rows: Any = (tokens[:, :-1], tokens[:, 1:])
+    how = recipe(model.config, batch, seq)
+
+    def ours() -> Any:
+        nonlocal trained, moments
+        trained, moments, report = learn.step(base, trained, moments, rate_of, rows, how)
+        return report.loss
+
+    decaying = [w for name, w in oracle.named_parameters() if "norm" not in name]
+    others = [w for name, w in oracle.named_parameters() if "norm" in name]
+    groups: Any = [{"params": decaying, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    ids, labels = (torch.tensor(part, dtype=torch.long) for part in rows)
+
+    def stepping(model: Any) -> Callable[[], torch.Tensor]:
+        optimiser = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+
+        def work() -> torch.Tensor:
+            loss = torch.nn.functional.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten())
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
+            optimiser.step()
+            return loss.detach()
+
+        return work
+
+    theirs = stepping(oracle)
+    for _ in range(2):  # the second loss shows the first update
+        same(ours(), theirs())
+    peers = {"torch eager": rate(n, theirs)}
+    if "torch.compile" not in ABSENT:
+        try:
+            compiled = stepping(torch.compile(oracle))
+            compiled()
+            peers["torch.compile"] = rate(n, compiled)
+        except Exception as error:  # of any type, from its compiler
+            ABSENT["torch.compile"] = " ".join(str(error).split())[:100]
+    return race(turns, "tokens/s", rate(n, ours), peers)
+
+
+def step_memory(_: int, name: str, batch: int, seq: int) -> Iterator[Against]:
+    """The temporary memory of such a step, as reported by the compiler. Nothing is run."""
+    config = ll.CONFIGS[name]
+    params = ll.shapes(config)
+    params = params._replace(blocks=jax.eval_shape(ll.stack, params.blocks))
+    learner = jax.eval_shape(partial(learn.beginner, None), params)
+    rows = (jax.ShapeDtypeStruct((batch, seq), jnp.int32),) * 2
+    lowered = learn.step.lower(*learner, jax.ShapeDtypeStruct((), jnp.float32), rows, recipe(config, batch, seq))
+    analysis = lowered.compile().memory_analysis()
+    assert analysis
+    yield Against("a bound", "MB", [analysis.temp_size_in_bytes / 1e6])
+
+
+def reading(turns: int, batch: int, seq: int) -> Iterator[Against]:
+    """Batches from files of tokens, as they are read ahead, against a step with them at 15M."""
+    (training,) = whole_step(turns, "15M", batch, seq)
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/tokens.npy", np.random.default_rng(0).integers(0, 32000, 10**7).astype(np.uint16))
+        options: Any = {"tokenizer": None, "vocab": 32000, "seq": seq, "fraction": 0.1, "pack": False}
+        corpus = prepare([f"{folder}/tokens.npy"], Path(folder) / "data", **options)
+
+        def read() -> None:
+            for _ in ahead(lambda step: corpus.train.batch(0, step, batch), range(100)):
+                pass
+
+        ours = take_turns(turns, rate(100 * batch * seq, read))[0]
+    yield Against("a step", "tokens/s", ours, training.ours)
 
 
 def memory(_: int, work: str) -> Iterator[Against]:
@@ -457,8 +541,13 @@ ROWS: dict[str, tuple[Callable[[int], Iterable[Against]], dict[str, str]]] = {
     "prefill 15M (2048 tokens)": (partial(prefill, name="15M", n=2048), {"transformers": "≥ 1.2 ×"}),
     "prefill 110M (256 tokens)": (partial(prefill, name="110M", n=256), {"transformers": "≥ 1.2 ×"}),
     "prefill 110M (2048 tokens)": (partial(prefill, name="110M", n=2048), {"transformers": "≥ 1.2 ×"}),
-    "gradients 15M (8×256)": (partial(learn, name="15M", batch=8, seq=256), {"torch eager": "≥ 1.0 ×"}),
-    "gradients 110M (2×256)": (partial(learn, name="110M", batch=2, seq=256), {"torch eager": "≥ 1.0 ×"}),
+    "gradients 15M (8×256)": (partial(slopes, name="15M", batch=8, seq=256), {"torch eager": "≥ 1.0 ×"}),
+    "gradients 110M (2×256)": (partial(slopes, name="110M", batch=2, seq=256), {"torch eager": "≥ 1.0 ×"}),
+    "training step 15M (8×256)": (partial(whole_step, name="15M", batch=8, seq=256), {"torch eager": "≥ 1.0 ×"}),
+    "training step 110M (2×256)": (partial(whole_step, name="110M", batch=2, seq=256), {"torch eager": "≥ 1.0 ×"}),
+    "memory of a training step 15M (8×256)": (
+        partial(step_memory, name="stories15m", batch=8, seq=256), {"a bound": "≤ 250 MB"}),
+    "data reader (8×256)": (partial(reading, batch=8, seq=256), {"a step": "≥ 100 ×"}),
     "memory of prefill 15M (seq 4096)": (partial(memory, work="prefill"), {"seq 2048": "≤ 2.1 ×"}),
     "memory of gradients 15M (seq 4096)": (partial(memory, work="gradients"), {"seq 2048": "≤ 2.1 ×"}),
     "chat with SmolLM2": (chat, {

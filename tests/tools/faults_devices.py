@@ -3,14 +3,18 @@
 import functools
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from builders import TINY, random_params
-from faults import Accepted, Case, Done, TooLong, Unlike, Variant, World, ends
+from faults import Accepted, Case, Done, TooLong, Unlike, Variant, World, ends, guarded, refused
 from training import rows
 
+from lovely_llama import Config, specs
 from lovely_llama_tools import children, launch
+from lovely_llama_tools.batches import Windows
 from lovely_llama_tools.files import save
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.interrupts import PARENT
@@ -59,6 +63,95 @@ def trains(world: World) -> None:
     done = launched(world, f"{tokens(world)} {MODEL} {COURSE}", *(f"--out {world.folder}/run{i}" for i in range(2)))
     assert done.status == 0, done.err
     assert len(rows(world.folder / "run0")) == 3 and not (world.folder / "run1").exists()
+
+
+# ---- I1: meshes that do not fit --------------------------------------------------------------------------------------
+
+SHAPE = Config(32, 16, 2, 4, 2, 10, 24, 8, 1e-5, 1e4, None, True)
+
+
+def indivisible(field: str, size: int, **mesh: int) -> Variant:
+    """A model with this size for a field is split over a mesh that does not divide it: refused by the field's name."""
+    return refused(lambda _: specs(replace(SHAPE, **{field: size}), mesh), field, "expected a multiple of")
+
+
+def meshed(mesh: str, field: str, end: type[BaseException] = Accepted, more: str = "") -> Variant:
+    """Training on a mesh, with the one device that there is here."""
+
+    def act(world: World) -> Done:
+        options = f"{MODEL} {COURSE} {more} --out {world.folder}/run --mesh".split()
+        return world.main("train", tokens(world), *options, mesh)
+
+    return ends(act, 2, field, end=end)
+
+
+# ---- I2 and I3: the same on other devices ----------------------------------------------------------------------------
+
+EIGHT = "--layers 1 --dim 16 --heads 8 --kv-heads 4 --hidden-dim 24 --vocab 12 --ctx 8 --batch 8 --micro-batch 4"
+STEPS = "--sample 0 --lr 0.01 --steps 20 --eval-every 20 --save-every 10 --keep 3"
+BEGUN_AGAIN = {"lovely_llama_tools.train:from_stored": "lambda learner, params, arrays, updates, config, file: "
+               "beginner(learner.base, stacked(params))"}  # fmt: skip
+FIRST_ROW = {"lovely_llama_tools.train:spread": "lambda ids, *more: original(ids[[0] * len(ids)], *more)"}
+ALL_ROWS = {"lovely_llama_tools.batches:Split.batch": "lambda self, seed, step, rows, own=None: "
+            "original(self, seed, step, rows)"}  # fmt: skip
+
+
+def on(world: World, devices: int, *arguments: object) -> list[float]:
+    """The losses of a run in a process with so many devices, the guards removed."""
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+    process = world.start("train", *arguments, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    run = Path(str(arguments[arguments.index("--out") + 1]))
+    return [row["train_loss"] for row in rows(run)]
+
+
+def resumed(devices: int, mesh: str) -> Variant:
+    """A run on eight devices goes on, from its middle, on fewer."""
+
+    def act(world: World) -> None:
+        run = world.folder / "run"
+        sizes = ("--mesh", "data=2,fsdp=2,tensor=2", "--out", run)
+        want = on(world, 8, tokens(world), *EIGHT.split(), *STEPS.split(), *sizes)
+        got = on(world, devices, "--resume", "step-10", "--mesh", mesh, "--out", run)
+        np.testing.assert_allclose(got, want, 1e-5)
+
+    return guarded(act, BEGUN_AGAIN)
+
+
+def sharded(mesh: str) -> Variant:
+    """Twenty steps on eight devices, and on one."""
+
+    def act(world: World) -> None:
+        data, options = tokens(world), [*EIGHT.split(), *STEPS.split()]
+        got = on(world, 8, data, *options, "--mesh", mesh, "--out", world.folder / "eight")
+        want = on(world, 1, data, *options, "--out", world.folder / "one")
+        np.testing.assert_allclose(got, want, 1e-5)
+
+    return guarded(act, FIRST_ROW)
+
+
+def divided(world: World) -> None:
+    """Rows of a batch, read by four processes: disjoint, and together those of one."""
+    ids = np.arange(200, dtype=np.uint16)
+    held: Any = Memory(ids)
+    split = Windows(held, 0, 200, 4)
+    whole = split.batch(1, 2, 8)
+    parts = [split.batch(1, 2, 8, range(i, 8, 4)) for i in range(4)]
+    assert all(len(part.tokens) == 2 for part in parts)
+    for name in ("tokens", "targets"):
+        joined = np.stack([getattr(part, name) for part in parts], 1).reshape(8, 4)
+        np.testing.assert_array_equal(joined, getattr(whole, name))
+
+
+class Memory:
+    """Tokens that are in memory."""
+
+    def __init__(self, ids: Any) -> None:
+        self.ids = ids
+
+    def read(self, start: int, count: int) -> Any:
+        return self.ids[start : start + count]
 
 
 # ---- I4: a process that ends, or does not come -----------------------------------------------------------------------
@@ -121,6 +214,40 @@ def unlike(key: str, common: str, *own: str, before: str = "", end: type[BaseExc
 
 
 CASES: dict[str, Case] = {
+    "I1": Case(
+        "C", "a mesh that is not one, or does not divide the model or the batch",
+        {
+            "vocab": indivisible("vocab", 30, tensor=4),
+            "heads": indivisible("q_per_kv", 2, tensor=8),
+            "hidden_dim": indivisible("hidden_dim", 22, tensor=4),
+            "dim": indivisible("dim", 14, fsdp=4),
+            "batch": meshed("data=3", "batch", Unlike),
+            "micro-batch": meshed("data=2", "micro_batch", Unlike, "--micro-batch 1"),
+            "tokens of a row": meshed("seq=3", "ctx", Unlike),
+            "more devices than there are": meshed("data=2", "mesh", Unlike),
+            "no axis": meshed("heads=2", "mesh"),
+            "an axis twice": meshed("data=1,data=1", "mesh"),
+            "no size": meshed("data", "mesh"),
+            "no devices": meshed("data=0", "mesh", Unlike),
+            "a fraction": meshed("data=1.5", "mesh"),
+            "blanks": meshed("data=1, tensor=1", "mesh"),
+        },
+        trains,
+    ),
+    "I2": Case(
+        "S", "more or fewer devices after a resume",
+        {"four": resumed(4, "fsdp=2,tensor=2"), "one": resumed(1, "data=1")},
+        trains,
+    ),
+    "I3": Case(
+        "S", "sharded, and on one device",
+        {
+            "data, fsdp, tensor": sharded("data=2,fsdp=2,tensor=2"),
+            "fsdp, seq": sharded("fsdp=4,seq=2"),
+            "rows of each process": guarded(divided, ALL_ROWS),
+        },
+        trains,
+    ),
     "I4": Case(
         "C", "a process is killed, or never starts",
         {
