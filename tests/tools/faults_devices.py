@@ -88,7 +88,7 @@ def meshed(mesh: str, field: str, end: type[BaseException] = Accepted, more: str
 # ---- I2 and I3: the same on other devices ----------------------------------------------------------------------------
 
 EIGHT = "--layers 1 --dim 16 --heads 8 --kv-heads 4 --hidden-dim 24 --vocab 12 --ctx 8 --batch 8 --micro-batch 4"
-STEPS = "--sample 0 --lr 0.01 --steps 20 --eval-every 20 --save-every 10 --keep 3"
+STEPS = "--sample 0 --lr 0.01 --steps 20 --eval-every 20 --save-every 10 --keep 3 --val-fraction 0"
 BEGUN_AGAIN = {"lovely_llama_tools.train:from_stored": "lambda learner, params, arrays, updates, config, file: "
                "beginner(learner.base, stacked(params))"}  # fmt: skip
 FIRST_ROW = {"lovely_llama_tools.train:spread": "lambda ids, *more: original(ids[[0] * len(ids)], *more)"}
