@@ -66,8 +66,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, split(("batch", "seq"), mesh.axis_names))
 
 
-def check_batch(rows: int, seq: int, mesh: Mapping[str, int], what: str = "batch") -> None:
-    """Refuse rows that the mesh does not divide evenly."""
-    groups, parts = mesh["data"] * mesh["fsdp"], mesh["seq"]
+def check_rows(rows: int, mesh: Mapping[str, int], what: str = "batch") -> None:
+    """Refuse a number of rows that the mesh does not divide evenly."""
+    groups = mesh["data"] * mesh["fsdp"]
     check(what, rows, rows % groups == 0, f"a multiple of {groups}, data × fsdp of the mesh")
-    check("ctx", seq, seq % parts == 0, f"a multiple of {parts}, seq of the mesh")
+
+
+def check_seq(seq: int, mesh: Mapping[str, int]) -> None:
+    """Refuse a length of rows that the mesh does not divide evenly."""
+    check("ctx", seq, seq % mesh["seq"] == 0, f"a multiple of {mesh['seq']}, seq of the mesh")

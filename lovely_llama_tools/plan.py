@@ -19,7 +19,7 @@ from .estimates import Share, Task, computed_flops, meshes, model_flops, seconds
 from .extras import progress
 from .files import checkpoint
 from .formats import DTYPES
-from .mesh import HELP, check_batch, parse_mesh
+from .mesh import HELP, check_rows, check_seq, parse_mesh
 from .options import add_command, columns, whole
 
 FEW = 4  # meshes of a sweep that are compiled, the best by formula
@@ -135,7 +135,8 @@ def check_mesh(task: Task, part: Slice, sizes: dict[str, int]) -> None:
     devices, seq = math.prod(sizes.values()), sizes["seq"]
     check("mesh", f"{devices} devices", devices == part.devices, f"{part.devices}, as {part} has")
     check("mesh", f"seq={seq}", not task.decode or seq == 1, "seq=1: in decoding, a row has one token")
-    check_batch(task.batch, task.seq, sizes)
+    check_rows(task.batch, sizes)
+    check_seq(task.seq, sizes)
     specs(task.config, sizes)
 
 

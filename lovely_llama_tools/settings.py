@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lovely_llama import CONFIGS, KEEP, Config, __version__, check, check_config
 
+from .cluster import processes
 from .formats import DTYPES
 from .learn import MATRICES, Recipe
-from .mesh import HELP, parse_mesh
+from .mesh import HELP, check_rows, make_mesh, parse_mesh
 from .options import number, whole
 
 # What --init-from leaves no choice of.
@@ -216,6 +218,16 @@ def rows_at_once(s: Settings, config: Config) -> int:
     sizes = parse_mesh(s.mesh) if s.mesh else {"data": 1, "fsdp": 1}
     least = sizes["data"] * sizes["fsdp"]
     return max(rows for rows in range(least, s.batch + 1, least) if s.batch % rows == 0 and rows <= max(fitting, least))
+
+
+def mesh_of(s: Settings) -> Mesh | None:
+    """The devices that are asked for, or those of all processes; none where one will do."""
+    if not s.mesh and processes() == 1:
+        return None
+    sizes = parse_mesh(s.mesh or f"data={jax.device_count()}")
+    for name in ("batch", "micro_batch"):
+        check_rows(getattr(s, name) or s.batch, sizes, name)
+    return make_mesh(sizes)
 
 
 def recipe_of(s: Settings, config: Config) -> Recipe:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Key
 
 from lovely_llama import Block, Config, check, count, learning_rate
 
 from .children import again, watched
-from .cluster import agree_on, code, gathered, in_turn, index, joined, largest, own_rows, processes, several, spread
+from .cluster import agree_on, code, gathered, in_turn, index, joined, largest, own_rows, several, spread
 from .data import Batch, Corpus, Split, ahead, prepare
 from .files import load, load_tokenizer
 from .formats import Model, check_memory
@@ -41,10 +41,10 @@ from .learn import (
     to_stored,
     unstacked,
 )
-from .mesh import batch_sharding, check_batch, make_mesh, parse_mesh, place
+from .mesh import batch_sharding, check_seq, place
 from .options import add_command
 from .runs import BEST, RUN, State, agree, held, keep, of_step, read_back, read_fields, steps, write_json
-from .settings import Settings, add_options, fingerprints, new_config, recipe_of, row_length, settle, versions
+from .settings import Settings, add_options, fingerprints, mesh_of, new_config, recipe_of, row_length, settle, versions
 from .tokens import fit
 
 DATA, ROW = "data", 3  # the folder of tokens in a run; steps in a row that may be skipped before it ends
@@ -112,10 +112,12 @@ def train(args: argparse.Namespace) -> int:
         if writes and args.resume is None:
             check_new(folder)
         agree_on(lambda: {"code": code(), **{name: v for name, v in settings._asdict().items() if name not in PATHS}})
+        mesh = mesh_of(settings)
         corpus, config, learner, state, marks = started(folder, settings, at, args.allow)
         agree_on(lambda: {**marks, "weights": digest_of(learner), "versions": ""})
-        mesh, rows = mesh_of(settings, config), None
+        rows = None
         if mesh:
+            check_seq(corpus.train.seq, mesh.shape)
             stack.enter_context(jax.set_mesh(mesh))
             learner, rows = place(learner, config, mesh), batch_sharding(mesh)
         options = {"options": settings._asdict(), "config": asdict(config), "fingerprints": marks}
@@ -205,17 +207,6 @@ def digest_of(arrays: Any) -> str:
     for leaf in jax.tree.leaves(arrays):
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()
-
-
-def mesh_of(settings: Settings, config: Config) -> Mesh | None:
-    """The devices that are asked for, or those of all processes; none where one will do."""
-    if not settings.mesh and processes() == 1:
-        return None
-    sizes = parse_mesh(settings.mesh or f"data={jax.device_count()}")
-    check_batch(settings.batch, row_length(settings, config), sizes)
-    if settings.micro_batch:
-        check_batch(settings.micro_batch, row_length(settings, config), sizes, "micro_batch")
-    return make_mesh(sizes)
 
 
 # ---- The course of a run ---------------------------------------------------------------------------------------------

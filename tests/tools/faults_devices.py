@@ -18,6 +18,7 @@ from lovely_llama_tools.batches import Windows
 from lovely_llama_tools.files import save
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.interrupts import PARENT
+from lovely_llama_tools.mesh import check_seq
 
 MODEL = "--layers 1 --dim 4 --heads 2 --hidden-dim 6"
 COURSE = "--vocab 11 --ctx 4 --batch 2 --sample 0 --lr 0.01 --steps 3 --eval-every 3"
@@ -223,7 +224,7 @@ CASES: dict[str, Case] = {
             "dim": indivisible("dim", 14, fsdp=4),
             "batch": meshed("data=3", "batch", Unlike),
             "micro-batch": meshed("data=2", "micro_batch", Unlike, "--micro-batch 1"),
-            "tokens of a row": meshed("seq=3", "ctx", Unlike),
+            "tokens of a row": refused(lambda _: check_seq(4, {"seq": 3}), "ctx", "a multiple of 3"),
             "more devices than there are": meshed("data=2", "mesh", Unlike),
             "no axis": meshed("heads=2", "mesh"),
             "an axis twice": meshed("data=1,data=1", "mesh"),
