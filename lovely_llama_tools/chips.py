@@ -20,15 +20,16 @@ class Chip(NamedTuple):
     devices: int = 1  # into which jax divides a chip
 
 
-# Google's pages give the sum of all links in both directions: `link` is that divided by twice the number of links.
+# Google's pages give the sum of all links in both directions: `link` is that divided by twice the number of links. Some
+# pages give memory in GB where others have the same number in GiB; libtpu's limits are those of GiB.
 CHIPS = {
     # docs.cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023, arXiv:2304.01433, table 4
     "v4": Chip(275e12, 32 * 2**30, 1.2e12, 50e9, 3, 4096, 4, devices=2),
-    "v5e": Chip(197e12, 16e9, 819e9, 400e9 / 8, 2, 256, 16),  # docs.cloud.google.com/tpu/docs/v5e
-    "v5p": Chip(459e12, 95e9, 2765e9, 1200e9 / 12, 3, 6144, 4),  # docs.cloud.google.com/tpu/docs/v5p
-    "v6e": Chip(918e12, 32e9, 1638e9, 800e9 / 8, 2, 256, 16),  # docs.cloud.google.com/tpu/docs/v6e
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 400e9 / 8, 2, 256, 16),  # docs.cloud.google.com/tpu/docs/v5e
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 1200e9 / 12, 3, 6144, 4),  # docs.cloud.google.com/tpu/docs/v5p
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 800e9 / 8, 2, 256, 16),  # docs.cloud.google.com/tpu/docs/v6e
     # docs.cloud.google.com/tpu/docs/tpu7x: a chip is two devices, each with half of its memory
-    "tpu7x": Chip(2307e12, 192e9, 7380e9, 1200e9 / 12, 3, 9216, 4, devices=2),
+    "tpu7x": Chip(2307e12, 192 * 2**30, 7380e9, 1200e9 / 12, 3, 9216, 4, devices=2),
 }
 
 

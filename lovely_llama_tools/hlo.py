@@ -83,7 +83,7 @@ def read_program(text: str, devices: int) -> Program:
             found[(loop, kind, channel[0], one.shape) if channel else (loop, scope, line.name)] = one
         elif line.kind in ("dot", "convolution"):
             flops += times * products(line, lines)
-        endless += line.kind == "while" and turns(line, computations) is None
+        endless += line.kind == "while" and turns(line, computations[scope], computations) is None
     return Program([*found.values()], flops, endless)
 
 
@@ -109,21 +109,47 @@ def walk(
         called = ",".join(several or one for several, one in CALLS.findall(line.rest))
         for name in re.findall(r"[\w.\-]+", called):
             if line.kind == "while":
-                often = times * (turns(line, computations) or 1)
+                often = times * (turns(line, computations[scope], computations) or 1)
                 yield from walk(computations, name, f"{loop}/{line.name}/{name}", often)
             else:
                 yield from walk(computations, name, loop, times)
 
 
-def turns(loop: Line, computations: dict[str, dict[str, Line]]) -> int | None:
-    """How often the body of a loop runs: what XLA knows, or what its counter, which starts at 0, is compared to."""
+def turns(loop: Line, scope: dict[str, Line], computations: dict[str, dict[str, Line]]) -> int | None:
+    """How often the body of a loop runs: as XLA notes, or by its counter, what that is compared to, and its step.
+
+    None where they are not constants. A loop that was unrolled has a step of more than 1."""
     if known := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.rest):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    lines = computations[condition[1]] if condition else {}
-    compared = [line for line in lines.values() if line.kind == "compare" and "direction=LT" in line.rest]
-    bounds = [lines[name].rest for line in compared for name in line.operands if lines[name].kind == "constant"]
-    return int(bounds[0].partition(")")[0]) if len(bounds) == 1 else None
+    named = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", loop.rest)
+    if not named:
+        return None
+    condition, body = computations[named[1]], computations[named[2]]
+    compared = [line for line in condition.values() if line.kind == "compare" and "direction=LT" in line.rest]
+    fields = [re.search(r"index=(\d+)", condition[name].rest) for line in compared for name in line.operands[:1]]
+    if len(fields) != 1 or not fields[0]:
+        return None
+    counter = int(fields[0][1])
+    start, bound = number(element(scope, loop.operands[0], counter), scope), number(compared[0].operands[1], condition)
+    added = body[element(body, next(reversed(body)), counter)]
+    steps = [number(name, body) for name in added.operands] if added.kind == "add" else []
+    step = next((n for n in steps if n), None)
+    return None if start is None or bound is None or step is None else -(-(bound - start) // step)
+
+
+def element(lines: dict[str, Line], tuple_name: str, i: int) -> str:
+    """The name of a tuple's i-th element; of the tuple itself, where it is not made here."""
+    made = lines[tuple_name]
+    return made.operands[i] if made.kind == "tuple" else tuple_name
+
+
+def number(name: str, lines: dict[str, Line]) -> int | None:
+    """The value of a constant, or of a copy of one."""
+    line = lines[name]
+    while line.kind in ("copy", "bitcast"):
+        line = lines[line.operands[0]]
+    digits = re.match(r"-?\d+\)", line.rest)
+    return int(digits[0][:-1]) if line.kind == "constant" and digits else None
 
 
 def size_of(shape: tuple[str, tuple[int, ...]]) -> int:

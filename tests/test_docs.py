@@ -18,6 +18,7 @@ import formats
 import numerics
 import numpy as np
 import pytest
+import scale
 import torch
 from asserts import assert_close
 from mutants import MUTANTS
@@ -292,3 +293,15 @@ def test_the_float64_reference(x64: None, monkeypatch: pytest.MonkeyPatch) -> No
     assert_close({row: ours[row] for row in theirs}, theirs, 1e-13)
     exact = np.exp(np.asarray(given.scores, np.longdouble))
     assert_close(ours["softmax"], exact / exact.sum(axis=1, keepdims=True), 1e-15, "softmax")
+
+
+# ---- Scale -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", scale.TABLES)
+def test_the_plans_are_those_of_the_command(name: str) -> None:
+    """The figures take minutes to compile: ./dev scale --write updates them."""
+    begin, end = scale.marks(name)
+    table = rows(scale.PAGE.read_text().split(begin)[1].split(end)[0])
+    assert [line[:4] for line in table] == [scale.given(row) for row in scale.TABLES[name]]
+    assert all(line[4] == "yes" for line in table)

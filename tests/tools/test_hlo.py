@@ -51,8 +51,8 @@ def test_a_program_with_known_collectives() -> None:
     ]
 
 
-# As a TPU's compiler writes it: a loop of three turns whose length stands in its condition alone; in it a gather that
-# two fusions share, and a sum that is scattered by a slice of itself; products as convolutions.
+# As a TPU's compiler writes it: a loop of three turns, from 0 to 6 in steps of 2, which are not noted as such; in it a
+# gather that two fusions share, and a sum that is scattered by a slice of itself; products as convolutions.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %first (p.1: bf16[128,64]) -> bf16[128,256] {
@@ -88,14 +88,17 @@ TPU = """HloModule jit_step, is_scheduled=true
   %left = bf16[64,256,2]{2,0,1} get-tuple-element(%state), index=3
   %right = bf16[16,256,1024]{2,0,1} get-tuple-element(%state), index=4
   %convolution.1 = bf16[64,1024,17]{2,0,1:T(8,128)(2,1)} convolution(%left, %right), window={size=16 pad=15_15 rhs_reversal=1}, dim_labels=bf0_0io->bf0
-  ROOT %next = (s32[], bf16[128,64]) tuple(%state)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %add.1 = s32[]{:T(128)} add(%i.1, %two)
+  ROOT %next = (s32[], bf16[128,64]) tuple(%add.1, %w)
 }
 
 %condition (state.1: (s32[], bf16[128,64])) -> pred[] {
-  %three = s32[]{:T(128)} constant(3)
+  %six = s32[]{:T(128)} constant(6)
   %state.1 = (s32[]{:T(128)}, bf16[128,64]{0,1:T(8,128)(2,1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%state.1), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i, %three), direction=LT
+  ROOT %lt = pred[]{:T(512)} compare(%i, %six), direction=LT
 }
 
 %forever (state.2: (s32[], bf16[128,64])) -> pred[] {
@@ -107,7 +110,11 @@ TPU = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main.1_spmd (p: (s32[], bf16[128,64])) -> (s32[], bf16[128,64]) {
   %p = (s32[]{:T(128)}, bf16[128,64]{0,1:T(8,128)(2,1)}) parameter(0)
-  %while.1 = (s32[]{:T(128)}, bf16[128,64]{0,1:T(8,128)(2,1)}) while(%p), condition=%condition, body=%body
+  %zero.1 = s32[]{:T(128)} constant(0)
+  %copy.1 = s32[]{:T(128)} copy(%zero.1)
+  %w.1 = bf16[128,64]{0,1:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %begin = (s32[]{:T(128)}, bf16[128,64]{0,1:T(8,128)(2,1)}) tuple(%copy.1, %w.1)
+  %while.1 = (s32[]{:T(128)}, bf16[128,64]{0,1:T(8,128)(2,1)}) while(%begin), condition=%condition, body=%body
   %a = bf16[16,8,32]{2,1,0} get-tuple-element(%p), index=1
   %b = bf16[16,64,32]{2,1,0} get-tuple-element(%p), index=1
   %convolution.2 = f32[16,8,64]{2,1,0} convolution(%a, %b), window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0oi->0bf

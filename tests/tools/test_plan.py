@@ -100,7 +100,7 @@ def test_a_training_step_on_chips_that_are_not_there(tpu: None, capfd: pytest.Ca
     report = planned(
         capfd, "plan", "stories260k", "--chips", "v5e:2x2", "--mesh", "fsdp=2,tensor=2", "--batch", 8, "--seq", 256
     )
-    assert report["fits"] and report["capacity"] == 16e9
+    assert report["fits"] and report["capacity"] == 16 * 2**30
     assert report["arguments"] <= report["peak"] < 1e9
     assert report["held"]["weights"] == 4 * on_a_device(SMALL, 2, 2)
     assert {"all-gather", "all-reduce"} <= {one["kind"] for one in report["collectives"]}
