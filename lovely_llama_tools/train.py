@@ -316,7 +316,7 @@ def whole(run: Run, learner: Learner) -> Model:
 def sample(run: Run, learner: Learner) -> str:
     """A text of the model's: after BOS, or a newline, or token 0."""
     model = whole(run, learner)
-    model, tokenizer = model._replace(params=unstacked(model.params)), model.tokenizer
+    model, tokenizer = model._replace(params=jax.device_put(unstacked(model.params))), model.tokenizer
     start = tokenizer.begin("") if tokenizer else []
     newlines = [i for i, piece in enumerate(tokenizer.pieces) if piece == b"\n"] if tokenizer else []
     room = min(run.settings.sample, run.config.ctx - 1)
