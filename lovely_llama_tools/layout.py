@@ -1,8 +1,7 @@
 """How other programs name and arrange what we have: parameters and rotary scalings."""
 
 import math
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +21,6 @@ from lovely_llama import (
     is_whole,
     shapes,
 )
-
-THREADS = 4  # tensors that are read at a time; more would need more memory
 
 
 class Layout(NamedTuple):
@@ -71,12 +68,12 @@ def as_array(name: str, array: Any) -> Array:
 
 
 def from_named(
-    layout: Layout, get: Callable[[str], Any], config: Config, put: Callable[[str, Any], Array] = as_array
-) -> Params:
+    layout: Layout, get: Callable[[str], Any], config: Config, put: Callable[[str, Any], Array] = as_array,
+    each: Callable[..., Iterable[Array]] = map,
+) -> Params:  # fmt: skip
     """Parameters from the tensors that `get` finds by name. Linear, so gradients can be converted the same way.
 
-    `put` makes the jax array of each, from its name and from rows in our order. Threads take one tensor each: the
-    system provides pages of memory when they are first written, which takes as long as copying.
+    `put` makes the jax array of each, from its name and from rows in our order; `each` is `map`, or that of threads.
     """
 
     def of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
@@ -88,8 +85,7 @@ def from_named(
         return put(name, array.reshape(leaf.shape))
 
     wanted, tree = jax.tree.flatten_with_path(shapes(config))
-    with ThreadPoolExecutor(THREADS) as threads:
-        return tree.unflatten(threads.map(of, *zip(*wanted, strict=True)))
+    return tree.unflatten(each(of, *zip(*wanted, strict=True)))
 
 
 def copied(array: Any) -> Array:

@@ -5,6 +5,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -23,6 +24,7 @@ from ..mesh import shardings
 from ..tokens import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
+THREADS = 4  # tensors that are read at a time; more would need more memory
 PIECE = 2**18  # elements of a tensor that are copied and checked at a time, while they are in the cache
 
 
@@ -77,14 +79,16 @@ class Checkpoint(NamedTuple):
         places = jax.tree.leaves(shardings(self.config, mesh, False)) if mesh else [None] * len(names)
         place_of = dict(zip(names, places, strict=True))
         check_memory(kind.itemsize * (share(self.config, mesh) if mesh else count(self.config)), self.file)
-        with progress(f"loading {self.file.name}", len(names)) as advance:
+        # Pages of memory are provided when they are first written, which takes as long as copying: threads share it.
+        bar = progress(f"loading {self.file.name}", len(names))
+        with bar as advance, ThreadPoolExecutor(THREADS) as threads:
 
             def put(name: str, array: Float[np.ndarray, "..."]) -> Array:
                 advance(1)
                 copy = owned(array, kind, name, self.file)
                 return jax.device_put(cast(Any, copy), place_of[name]) if mesh else jnp.asarray(copy, kind)
 
-            return Model(self.config, from_named(self.layout, self.get, self.config, put), self.tokenizer)
+            return Model(self.config, from_named(self.layout, self.get, self.config, put, threads.map), self.tokenizer)
 
 
 def share(config: Config, mesh: Mesh) -> int:
