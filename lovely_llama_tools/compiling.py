@@ -1,7 +1,7 @@
 """A step of training or of decoding, compiled for devices that need not be there; a process of its own, for `plan`.
 
-It reads a request from stdin and writes a result to stdout, both one line of JSON. Whatever the compiler prints goes to
-stderr, and when stdin is closed, the process ends.
+It takes a request as its argument and writes a result to stdout, both one line of JSON. Whatever the compiler prints
+goes to stderr, and when stdin is closed, the process ends.
 """
 
 import contextlib
@@ -184,7 +184,7 @@ def read_request(text: str) -> Request:
 
 def main() -> int:
     """The process."""
-    request, answer = read_request(sys.stdin.readline()), os.fdopen(os.dup(1), "w")
+    request, answer = read_request(sys.argv[1]), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def wait() -> None:

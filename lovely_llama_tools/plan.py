@@ -147,12 +147,11 @@ def compiled(task: Task, part: Slice, sizes: dict[str, int], debug: bool) -> dic
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, **ABSENT}
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "lovely_llama_tools.compiling"], env=os.environ | environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if debug else subprocess.DEVNULL,
+        [sys.executable, "-P", "-m", "lovely_llama_tools.compiling", json.dumps(request)], text=True,
+        env=os.environ | environment, stdin=subprocess.PIPE,  # which the compiler ends with
+        stdout=subprocess.PIPE, stderr=None if debug else subprocess.DEVNULL,
     ) as process:  # fmt: skip
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
+        assert process.stdout
         answer = process.stdout.read()
     if not answer:
         raise ChildProcessError(f"the compiler ended with status {process.returncode}; --debug shows what it printed")
