@@ -100,8 +100,7 @@ def check_config(config: Any, file: object = "config") -> None:
     must("theta", config.theta, is_number(config.theta) and config.theta > 1, "a finite number above 1")
     if scaling is not None:
         must("rope_scaling", scaling.kind, scaling.kind in ("linear", "llama3", "yarn"), "linear, llama3 or yarn")
-        factor = scaling.factor
-        must("rope_scaling.factor", factor, is_number(factor) and factor >= 1, "a finite number of at least 1")
+        must("rope_scaling.factor", s := scaling.factor, is_number(s) and s >= 1, "a finite number of at least 1")
     if scaling is not None and scaling.kind != "linear":
         ctx, low, high, factor = scaling.original_ctx, scaling.low, scaling.high, scaling.attention_factor
         must("rope_scaling.original_ctx", ctx, is_whole(ctx) and ctx > 0, "a whole number above 0")
@@ -545,9 +544,12 @@ def loss(
         check("first", "a later token", not np.any(np.asarray(first) > np.arange(tokens.shape[-1])), "no later one")
         for ids, what in ((tokens, "arguments"), (np.maximum(targets, 0), "targets")):
             check_tokens(ids.ravel(), config.vocab, ids.size, what)
+    if (mesh := jax.sharding.get_abstract_mesh()).explicit_axes:  # XLA's choice within, as with automatic axes
+        automatic = jax.sharding.auto_axes(out_sharding=PartitionSpec())
+        return automatic(lambda p, x, y, z: loss(p, x, y, config, keep, dtype, z))(params, tokens, targets, first)
     params = jax.tree.map(lambda w: w.astype(dtype or w.dtype), params)
     rows = [ids.reshape(-1, tokens.shape[-1]) for ids in (tokens, jnp.broadcast_to(first, tokens.shape))]
-    (over,) = split(["batch"], jax.sharding.get_abstract_mesh().axis_names)
+    (over,) = split(["batch"], mesh.axis_names)
     rows = vmap(lambda tokens, first: logits(params, tokens, config, keep, first), spmd_axis_name=over)(*rows)
     scores = wide(rows).reshape(-1, config.vocab)
     target, counts = targets.reshape(-1, 1), targets.reshape(-1) >= 0
@@ -564,8 +566,7 @@ def accumulate(
 
     `objective(params, tokens, targets, *more)` is the loss of one, such as `partial(loss, config=config)`. A mean of
     means would weight the targets of sparse batches more. One micro-batch is in memory at a time."""
-    counts, value_and_grad = (targets >= 0).sum(axis=(1, 2)), jax.value_and_grad(objective)
-    rows = (tokens, targets, *more)
+    counts, value_and_grad, rows = (targets >= 0).sum((1, 2)), jax.value_and_grad(objective), (tokens, targets, *more)
 
     def add(sums: Any, micro: tuple[Array, ...]) -> tuple[Any, None]:
         share, parts = micro[0], value_and_grad(params, *micro[1:])
@@ -577,7 +578,7 @@ def accumulate(
 
 def clip(gradients: Any, limit: float) -> tuple[Any, Float[Array, ""]]:
     """g · min(1, limit / ‖g‖), and ‖g‖, the norm over all leaves. Pascanu et al. 2013, arXiv:1211.5063, algorithm 1."""
-    norm = jnp.sqrt(sum(jnp.vdot(wide(g), wide(g)) for g in jax.tree.leaves(gradients)))
+    norm = jnp.sqrt(sum((wide(g) ** 2).sum() for g in jax.tree.leaves(gradients)))
     return jax.tree.map(lambda g: (limit / jnp.maximum(norm, limit)).astype(g.dtype) * g, gradients), norm
 
 
@@ -760,9 +761,8 @@ class Sampling(NamedTuple):
         """Refuse values for which a sampler is not defined."""
         for (name, s), value in zip(SAMPLERS.items(), self, strict=True):
             top, kind, valid = (vocab, "whole", is_whole) if s.most is None else (s.most, "finite", is_number)
-            inside = value is None or (valid(value) and s.least <= value <= top and not (s.strict and value == s.least))
-            bound = f"a {kind} number {'above' if s.strict else 'from'} {s.least}, at most {top}"
-            check(name, repr(value), inside, bound)
+            ok = value is None or (valid(value) and s.least <= value <= top and not (s.strict and value == s.least))
+            check(name, repr(value), ok, f"a {kind} number {'above' if s.strict else 'from'} {s.least}, at most {top}")
 
 
 @jax.jit

@@ -42,8 +42,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def shardings(config: Config, mesh: Mesh, stacked: bool) -> Params:
-    """Where each parameter lies, its layers in a tuple or stacked; what does not divide is refused by name."""
-    parts = specs(config, mesh.shape)
+    """Where each parameter lies, its layers in a tuple or stacked; what does not divide is refused by name.
+
+    A mesh with explicit axes, which `jax.make_mesh` makes, gives its devices: its axes become automatic.
+    """
+    parts, mesh = specs(config, mesh.shape), Mesh(mesh.devices, mesh.axis_names)
     if stacked:
         (first, *_) = parts.blocks
         parts = parts._replace(blocks=jax.tree.map(lambda spec: PartitionSpec(None, *spec), first))

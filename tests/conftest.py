@@ -3,7 +3,6 @@
 import importlib.util
 import platform
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook(["lovely_llama", "lovely_llama_tools"], "checker.check_types")  # checks every call in this process
 
 from builders import LLAMA2_C, RECORDED, Recording, load_recording  # noqa: E402 -- after the hook
+from machine import processor  # noqa: E402
 
 LIVE = [f"live_{i}" for i in range(4)]
 
@@ -110,9 +110,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     held = [case for case, tests in passed.items() if all(tests) and len(tests) == 2 * case[2] + 1]
     silent, silent_held = ([case for case in cases if case[1] == "S"] for cases in (passed, held))
-    cpus = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.+)", cpus.read_text() if cpus.exists() else "")
-    where = f"{named[1] if named else platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
+    where = f"{processor()}, Python {platform.python_version()}, jax {jax.__version__}"
     terminalreporter.write_line(
         f"faults: {len(held)} of {len(passed)} cases hold, {len(silent_held)} of {len(silent)} of those that would be "
         f"silent; {sum(case[2] for case in passed)} variants, each with its guard and without; on {where}"

@@ -23,7 +23,7 @@ import numpy as np
 from asserts import assert_close
 from builders import SMALL, random_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, set_mesh
-from lovely_llama import loss, specs
+from lovely_llama import accumulate, adamw, clip, logits, loss, moments, specs
 
 AXES = ("data", "fsdp", "tensor", "seq")
 config = replace(SMALL, vocab=40, dim=16, layers=2, kv_heads=4, q_per_kv=2, hidden_dim=24)
@@ -32,9 +32,9 @@ targets = tokens[:, ::-1]
 same_loss = partial(jax.jit, static_argnames="config")(loss)
 gradients = partial(jax.jit, static_argnames="config")(jax.value_and_grad(loss))
 
-def placed(config, sizes):
-    explicit = jax.make_mesh(sizes, AXES, devices=jax.devices()[: prod(sizes)])  # its axes are explicit by default
-    mesh = Mesh(explicit.devices, AXES)
+def placed(config, sizes, explicit=False):
+    mesh = jax.make_mesh(sizes, AXES, devices=jax.devices()[: prod(sizes)])  # its axes are explicit by default
+    mesh = mesh if explicit else Mesh(mesh.devices, AXES)
     put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
     params, parts = random_params(config), specs(config, mesh.shape)
     params = jax.tree.map(put, params, parts)
@@ -53,6 +53,38 @@ for heads, tied, meshes in {cases}:
         with set_mesh(mesh):
             assert_close(gradients(params, *rows, config), want, 1e-5)
         print(heads, *sizes)
+"""
+
+# Two micro-batches, clipped, into AdamW; and logits, by jax's own way to leave axes to XLA.
+EXPLICIT = """
+def step(params, tokens, targets, config, split):
+    loss_and_gradients = accumulate(partial(loss, config=config), params, split(tokens), split(targets))
+    gradients, norm = clip(loss_and_gradients[1], 0.1)
+    return loss_and_gradients[0], norm, *adamw(params, gradients, moments(params), 1e-3, 0.1)
+
+def packed(params, tokens, targets, config):
+    return loss(params, tokens, targets, config, first=jax.numpy.zeros_like(tokens))
+
+for heads, tied, sizes in {cases}:
+    config = replace(config, kv_heads=heads, q_per_kv=8 // heads, tied=tied)
+    split = lambda ids: ids.reshape(2, 4, -1)
+    parts = PartitionSpec(None, ("data", "fsdp"), "seq")
+    split_over = lambda ids: ids.reshape(2, 4, 24, out_sharding=parts)
+    compiled = jax.jit(step, static_argnames=("config", "split"))
+    single = random_params(config)
+    want = compiled(single, tokens, targets, config, split)
+    scores = logits(single, tokens[0], config)
+    mesh, params, rows = placed(config, sizes, True)
+    with set_mesh(mesh):
+        rows = [*rows]
+        got = compiled(params, *rows, config, split_over)
+        assert_close(got, want, 1e-5)
+        for new, old in zip(jax.tree.leaves(got[2]), jax.tree.leaves(params), strict=True):
+            assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
+        assert_close(jax.jit(packed, static_argnames="config")(params, *rows, config), want[0], 1e-5)
+        model = jax.sharding.auto_axes(partial(logits, config=config), out_sharding=PartitionSpec("seq", "tensor"))
+        assert_close(jax.jit(model)(params, jax.device_put(tokens[0], PartitionSpec("seq"))), scores, 1e-5)
+    print(heads, *sizes)
 """
 
 EVERY = """
@@ -101,6 +133,12 @@ CASES = {
 def test_sharded_parameters_give_the_same_loss_and_gradients(case: str) -> None:
     done = run(GRADIENTS, cases=CASES[case])
     assert len(done) == sum(len(meshes) for *_, meshes in CASES[case])
+
+
+def test_meshes_with_explicit_axes_do_as_well() -> None:
+    """`jax.make_mesh` makes them so by default. Every function of part 6 takes them as they are."""
+    cases = [(8, False, (2, 2, 2, 1)), (4, True, (1, 2, 2, 2))]
+    assert len(run(EXPLICIT, cases=cases)) == len(cases)
 
 
 def test_every_mesh_of_eight_gives_the_same_loss() -> None:

@@ -14,7 +14,6 @@ import copy
 import io
 import json
 import os
-import platform
 import re
 import struct
 import subprocess
@@ -34,6 +33,7 @@ import torch
 import transformers
 from builders import write_llama2c
 from jax import numpy as jnp
+from machine import processor
 from transformers.generation.streamers import BaseStreamer
 
 import lovely_llama as ll
@@ -635,11 +635,6 @@ def with_section(page: str, made: str) -> str:
     place = next((i for i, section in enumerate(sections) if alike(section)), len(sections))
     sections[place : place + 1] = [made]
     return page[:begin] + "\n" + "\n\n".join(sections) + "\n" + page[end:]
-
-
-def processor() -> str:
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
 
 
 def replaced(text: str, begin: str, end: str, what: str) -> str:

@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import statistics
@@ -25,6 +26,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax import vmap
 from jaxtyping import Array, Float, Int
+from machine import processor
 
 import lovely_llama as ll
 from lovely_llama_tools import learn, settings, train
@@ -35,9 +37,9 @@ from lovely_llama_tools.plot import draw_losses
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE, PICTURE = DOCS / "training.md", DOCS / "shakespeare.png"
-FLAGS = """--tokenizer chars --layers 4 --heads 8 --dim 128 --hidden-dim 344 --ctx 64 --batch 12 --steps 2000 --lr 6e-3
-    --final-lr 0 --warmup 200 --weight-decay 0.3 --beta2 0.98 --theta 100 --init-std 0.05 --eval-every 500
-    --eval-batches 1000"""
+FLAGS = """--tokenizer chars --layers 4 --heads 8 --dim 128 --hidden-dim 344 --ctx 64 --batch 12 --micro-batch 6
+    --steps 2000 --lr 6e-3 --final-lr 0 --warmup 200 --weight-decay 0.3 --beta2 0.98 --theta 100 --init-std 0.05
+    --eval-every 500 --eval-batches 1000"""
 S = settings.settle(arguments().parse_args(["train", *shlex.split(FLAGS)]), {})
 BETAS, SCALE = (S.beta1, S.beta2), (S.init_std or train.STD) / train.STD
 
@@ -166,7 +168,7 @@ def times(corpus: Corpus, segments: int = 5, size: int = 100) -> str:
         middle = statistics.median(all_of)
         span = f"{middle:.1f} ({min(all_of):.1f}–{max(all_of):.1f})"
         lines.append(f"| {name} | {span} | {middle * S.steps / 1000:.0f} s | {losses[name][-1]:.4f} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", f"In float32 on {os.cpu_count()} cores of {processor()}.", ""])
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from builders import TINY, TOKENS, random_params, tiny_arrays, tiny_fields, write_gguf
+from jax.sharding import AxisType, Mesh
 from lovely_llama import Config, Sampling
 from lovely_llama_tools import commands
 from lovely_llama_tools.batch_generate import Batch, generate_all, rows_begin, rows_layer
@@ -93,7 +94,8 @@ out["collectives"] = re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* (all-\\w+|collective
 # From a file, straight to the devices.
 model = Model(few, random_params(few), None)
 save(model, folder / "model.gguf")
-loaded = load(folder / "model.gguf", mesh=mesh)
+explicit = Mesh(mesh.devices, mesh.axis_names, (AxisType.Explicit,) * 4)  # as `jax.make_mesh` makes them
+loaded = load(folder / "model.gguf", mesh=explicit)
 pairs = list(zip(jax.tree.leaves(loaded.params), jax.tree.leaves(params), strict=True))
 out["loaded"] = all(bool((np.asarray(a) == np.asarray(b)).all()) and a.sharding == b.sharding for a, b in pairs)
 

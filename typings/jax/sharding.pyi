@@ -1,7 +1,7 @@
 # jax.sharding: meshes of devices, and how arrays are placed on them.
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,6 +37,8 @@ class AbstractMesh:
     def axis_names(self) -> tuple[str, ...]: ...
     @property
     def axis_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def explicit_axes(self) -> tuple[str, ...]: ...
 
 class PartitionSpec(tuple[str | tuple[str, ...] | None, ...]):
     def __new__(cls, *partitions: str | tuple[str, ...] | None) -> PartitionSpec: ...
@@ -60,6 +62,9 @@ class SingleDeviceSharding(Sharding):
     def __init__(self, device: Device) -> None: ...
 
 def get_abstract_mesh() -> AbstractMesh: ...
+
+# A lambda's parameters are typed by the alternative with as many.
+def auto_axes(*, out_sharding: Any) -> Callable[[Callable[..., Any] | Callable[[Any, Any, Any, Any], Any]], Any]: ...
 
 class set_mesh:  # takes effect at once; as a context manager, until the end of the context
     def __init__(self, mesh: Mesh | None) -> None: ...
