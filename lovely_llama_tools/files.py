@@ -45,14 +45,17 @@ def checkpoint(path: str | Path) -> Generator[Checkpoint]:
         yield opener(path)(path, files)
 
 
-def load(path: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+def load(
+    path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, *, allow_nonfinite: bool = False
+) -> Model:
     """Read a checkpoint: a file, a folder, or a name on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M.
 
     The parameters are float32 on a CPU, and elsewhere have the checkpoint's own dtype, unless `dtype` says otherwise:
-    "float32", "float16" or "bfloat16". On a mesh of devices they are split as `specs` says.
+    "float32", "float16" or "bfloat16". On a mesh of devices they are split as `specs` says. A model with NaN or ∞ in it
+    is refused by the tensor's name; `allow_nonfinite` reads it all the same.
     """
     with checkpoint(path) as found:
-        return found.load(dtype, mesh)
+        return found.load(dtype, mesh, allow_nonfinite)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

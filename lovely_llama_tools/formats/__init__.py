@@ -68,10 +68,11 @@ class Checkpoint(NamedTuple):
         kind = self.tensors[f"{NAMES['embed'][self.layout.column]}.weight"].dtype
         return {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
 
-    def load(self, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+    def load(self, dtype: str | None = None, mesh: Mesh | None = None, allow_nonfinite: bool = False) -> Model:
         """The model, in float32 on a CPU and in the checkpoint's own dtype elsewhere, unless one is given.
 
-        On a mesh each tensor goes to its devices as soon as it is read: no device holds the whole model.
+        On a mesh each tensor goes to its devices as soon as it is read: no device holds the whole model. NaN and ∞ are
+        refused by the tensor's name unless they are allowed.
         """
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else self.dtype())
         check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
@@ -85,7 +86,7 @@ class Checkpoint(NamedTuple):
 
             def put(name: str, array: Float[np.ndarray, "..."]) -> Array:
                 advance(1)
-                copy = owned(array, kind, name, self.file)
+                copy = owned(array, kind, name, self.file, allow_nonfinite)
                 return jax.device_put(cast(Any, copy), place_of[name]) if mesh else jnp.asarray(copy, kind)
 
             return Model(self.config, from_named(self.layout, self.get, self.config, put, threads.map), self.tokenizer)
@@ -103,15 +104,17 @@ def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return array.astype(np.float32, copy=False)
 
 
-def owned(array: Float[np.ndarray, "..."], dtype: Any, name: str, file: object) -> Float[np.ndarray, "..."]:
-    """A copy in memory pages of its own, which jax takes over on a CPU as they are. NaN and ∞ are refused."""
+def owned(
+    array: Float[np.ndarray, "..."], dtype: Any, name: str, file: object, allow_nonfinite: bool
+) -> Float[np.ndarray, "..."]:
+    """A copy in memory pages of its own, which jax takes over on a CPU as they are."""
     memory = mmap.mmap(-1, array.size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     source, copy, good = array.reshape(-1), np.frombuffer(memory, dtype), True
     for begin in range(0, array.size, PIECE):
         part = slice(begin, begin + PIECE)
         with np.errstate(over="ignore"):
             copy[part] = source[part]
-        good = good and bool(np.isfinite(widened(copy[part])).all())
+        good = good and (allow_nonfinite or bool(np.isfinite(widened(copy[part])).all()))
     check(name, f"NaN or ∞ in {dtype}", good, "finite numbers", file)
     return copy.reshape(array.shape)
 

@@ -6,6 +6,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from asserts import assert_close
@@ -62,6 +63,17 @@ def test_upstreams_files_give_its_logits(llama2c: Path, name: str, version: int)
     assert all(tokenizer_of(model).pieces[3:44])
     tokens, want = jnp.array(recorded["tokens"][0], jnp.int32), recorded["logits"][0]
     assert_close(logits(model.params, tokens, model.config), want, 1e-5, "logits")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_not_finite_is_read_where_that_is_allowed(llama2c: Path, tmp_path: Path, version: int) -> None:
+    data = bytearray((llama2c / f"tied.v{version}.bin").read_bytes())
+    struct.pack_into("<f", data, len(data) - 4 if version == 2 else 28 + 4 * 100 if version == 0 else 256, np.nan)
+    (tmp_path / "model.bin").write_bytes(data)
+    with pytest.raises(LlamaError, match="NaN or ∞"):
+        load(tmp_path / "model.bin")
+    params = load(tmp_path / "model.bin", allow_nonfinite=True).params
+    assert 0 < sum(np.isnan(leaf).sum() for leaf in jax.tree.leaves(params)) <= 64
 
 
 @pytest.mark.parametrize("name", NAMES)
