@@ -17,6 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook(["lovely_llama", "lovely_llama_tools"], "checker.check_types")  # checks every call in this process
 
+from asserts import QUICK  # noqa: E402 -- after the hook
 from builders import LLAMA2_C, RECORDED, Recording, load_recording  # noqa: E402 -- after the hook
 from machine import processor  # noqa: E402
 
@@ -48,9 +49,17 @@ def no_type_checks() -> Iterator[None]:
 
 @pytest.fixture
 def fewer_optimisations() -> Iterator[None]:
-    """Compile in less time, for programs that are run only once or twice."""
+    """Compile in less time, also single operations, for programs that are run only once or twice."""
+    compiler: Any = importlib.import_module("jax._src.compiler")
+    options = compiler.get_compile_options
+
+    def quick(*arguments: Any, env_options_overrides: Any = None, **more: Any) -> Any:
+        return options(*arguments, env_options_overrides={**QUICK, **(env_options_overrides or {})}, **more)
+
     jax.config.update("jax_disable_most_optimizations", True)
+    compiler.get_compile_options = quick
     yield
+    compiler.get_compile_options = options
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -22,6 +22,7 @@ import scale
 import torch
 from asserts import assert_close
 from mutants import MUTANTS
+from soak import QUICK
 from test_dev import load_dev
 
 import lovely_llama
@@ -58,7 +59,8 @@ def programs() -> Path:
 
 def run(programs: Path, *command: str | Path, cwd: Path, text: str = "") -> "subprocess.CompletedProcess[str]":
     """A command that succeeds, in an environment but for the sources of this tree."""
-    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    own = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK}
+    env = {**os.environ, **own}
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=300, cwd=cwd, env=env)
     assert done.returncode == 0, done.stderr
     return done

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from builders import write_talker
+from soak import QUICK
 
 from lovely_llama_tools import commands
 
@@ -132,7 +133,7 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
     environment = {"XLA_FLAGS": flags, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM.replace("MESHES", repr(MESHES)), str(tmp_path_factory.mktemp("mesh"))]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
