@@ -20,6 +20,7 @@ PACKAGES = {
     "plot": ("matplotlib",),
     "eval": ("lm-eval",),
     "tpu": ("jax[tpu]",),
+    "scale": ("orbax-checkpoint",),
 }
 
 

@@ -20,6 +20,7 @@ from .formats.gguf import open_gguf, save_gguf
 from .formats.hugging_face import open_folder, save_folder
 from .formats.llama2c import open_llama2c, save_llama2c
 from .formats.meta import open_meta
+from .formats.orbax import ORBAX, open_orbax
 from .hub import fetch, is_name
 from .tokens import Tokenizer, folder_tokenizer
 
@@ -33,7 +34,7 @@ FOREIGN = {
 
 
 # What reads a folder, by a file in it.
-FOLDERS = {"config.json": open_folder, "params.json": open_meta}
+FOLDERS = {ORBAX: open_orbax, "config.json": open_folder, "params.json": open_meta}
 
 
 @contextmanager

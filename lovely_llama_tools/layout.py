@@ -31,6 +31,7 @@ class Layout(NamedTuple):
 
 
 LLAMA2C, GGUF, HUGGING_FACE = Layout(0, False), Layout(1, False), Layout(2, True)
+OURS = Layout(-1, False)  # which needs no table: names and shapes are those of our own tree
 
 # A parameter's name in llama2.c and Meta, in GGUF, and in Hugging Face; in the order of llama2.c's files.
 NAMES = {
@@ -50,7 +51,9 @@ NAMES = {
 
 
 def tensor(layout: Layout, path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """A parameter's name and shape in a file: a gain is a vector there, everything else a matrix [out, in]."""
+    """A parameter's name and shape in a file: in layouts of others a gain is a vector, all else a matrix [out, in]."""
+    if layout == OURS:
+        return jax.tree_util.keystr(path, simple=True, separator="."), shape
     layer, field = [key.idx for key in path if hasattr(key, "idx")], path[-1].name
     if len(shape) > 1:
         shape = (shape[0], math.prod(shape[1:])) if field == "o" else (math.prod(shape[:-1]), shape[-1])

@@ -109,7 +109,10 @@ def step(
 
 
 def in_place(tree: Any, config: Config) -> Any:
-    """On a mesh of devices, whole models within a tree, and so their derivatives, split as their parameters are."""
+    """On a mesh of devices, whole models within a tree, and so their derivatives, split as their parameters are.
+
+    All else, such as adapters, lies whole on every device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
@@ -117,8 +120,8 @@ def in_place(tree: Any, config: Config) -> Any:
     blocks = jax.tree.map(lambda spec: PartitionSpec(None, *spec), parts.blocks[0])
 
     def split(node: Any) -> Any:
-        whole = isinstance(node, Params)
-        return jax.lax.with_sharding_constraint(node, parts._replace(blocks=blocks)) if whole else node
+        place = parts._replace(blocks=blocks) if isinstance(node, Params) else PartitionSpec()
+        return jax.lax.with_sharding_constraint(node, place)
 
     return jax.tree.map(split, tree, is_leaf=lambda node: isinstance(node, Params))
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lovely_llama import Block, Config, Params, check, specs, split
 
@@ -53,15 +54,24 @@ def shardings(config: Config, mesh: Mesh, stacked: bool) -> Params:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parts)
 
 
-def place(tree: Any, config: Config, mesh: Mesh) -> Any:
-    """A tree on the mesh: whole models in it are split, other arrays lie on every device."""
+def places(tree: Any, config: Config, mesh: Mesh | None) -> Any:
+    """Where the arrays of a tree lie: on a mesh whole models in it are split, and other arrays lie on every device."""
 
-    def placed(node: Any) -> Any:
-        if isinstance(node, Params):
-            return jax.device_put(node, shardings(config, mesh, isinstance(node.blocks, Block)))
-        return jax.device_put(node, NamedSharding(mesh, PartitionSpec()))
+    def of(node: Any) -> Any:
+        if isinstance(node, Params) and mesh:
+            return shardings(config, mesh, isinstance(node.blocks, Block))
+        return NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.devices()[0])
 
-    return jax.tree.map(placed, tree, is_leaf=lambda node: isinstance(node, Params))
+    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, Params) and mesh is not None)
+
+
+def place(tree: Any, config: Config, mesh: Mesh | None) -> Any:
+    """A tree where it is to lie on a mesh, if there is one.
+
+    It goes there from the host: of an array on a device, jax makes one that other processes share only if it is split.
+    """
+    host = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.ndim else leaf.item(), tree)
+    return jax.device_put(host, places(tree, config, mesh)) if mesh else tree
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

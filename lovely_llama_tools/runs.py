@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -12,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from lovely_llama import LlamaError, check
 
+from .cluster import index, processes
 from .files import WRITERS, load, publish
 from .formats import Model, open_file
 from .formats.safetensors import read_tensor, scan_safetensors, write_safetensors
@@ -25,6 +24,7 @@ from .strict_json import read_json
 from .tokens.base import small_file
 
 LOCK, RUN, STATE, OPTIMIZER, BEST = ".lock", "run.json", "state.json", "optimizer.safetensors", "best"
+FORMATS = ("hf", "orbax")  # of checkpoints
 Arrays = Mapping[str, Float[np.ndarray, "..."]]
 
 
@@ -42,13 +42,25 @@ class State(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A checkpoint that has been read back."""
+    """A checkpoint that has been found to be as it was saved."""
 
     path: Path
-    model: Model
-    arrays: Arrays  # the optimiser's
     state: State
     fingerprints: Mapping[str, Any]
+    seal: str  # the SHA-256 of all that is in it
+
+    @property
+    def model(self) -> Model:
+        """The model, read anew."""
+        return load(self.path, "float32")
+
+    @property
+    def arrays(self) -> Arrays:
+        """The optimiser's arrays, read anew."""
+        path = self.path / OPTIMIZER
+        with open_file(path) as file:
+            places = scan_safetensors(file, path)
+            return {name: read_tensor(file, path, name, place) for name, place in places.items()}
 
 
 # ---- The folder ------------------------------------------------------------------------------------------------------
@@ -88,18 +100,22 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Generator[Path]:
-    """A path for what is to stand at `target`, durably, once it is complete; until then what stood there stays.
-
-    A disk that is full, or fails, is a fault while running, in one line.
-    """
+    """A path for what is to stand at `target`, durably, once it is complete; until then what stood there stays."""
     part = target.with_name(f".{target.name}.part")
-    try:
+    with writing(target):
         part.mkdir()
         try:
             yield part / target.name
             publish(part / target.name, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def writing(target: Path) -> Generator[None]:
+    """Within, a disk that is full, or fails, is a fault while running, in one line."""
+    try:
+        yield
     except OSError as error:
         how = "a disk that can be written to; what was there before is still good"
         raise OSError(f"{target}: path: got {error.strerror or error}, expected {how}") from error
@@ -153,26 +169,27 @@ def seal(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
-def check_finite(path: Path, model: Model, arrays: Arrays) -> None:
-    """A state with NaN or ∞ is not to be saved: no later step would bring it back."""
-    named = {jax.tree_util.keystr(at): leaf for at, leaf in jax.tree.leaves_with_path(model.params)}
-    for name, array in {**named, **arrays}.items():
-        if not math.isfinite(np.min(array)) or not math.isfinite(np.max(array)):
-            raise FloatingPointError(f"{path}: {name}: got NaN or ∞, expected finite numbers")
+def write_hf(model: Model, arrays: Arrays, path: Path) -> None:
+    """Write a Hugging Face folder with the optimiser's state."""
+    WRITERS["hf"].write(model, path, "float32")
+    write_safetensors(path / OPTIMIZER, {name: a.shape for name, a in arrays.items()}, "F32", arrays.__getitem__)
 
 
-def keep(run: Path, model: Model, arrays: Arrays, state: State, fingerprints: Mapping[str, Any], last: int) -> None:
-    """Write the checkpoint of a step, a Hugging Face folder with the optimiser's state, and delete older ones.
+def files_in(path: Path) -> list[str]:
+    """The names of all files in a folder, and in its folders."""
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir())
+
+
+def keep(run: Path, write: Callable[[Path], None], state: State, fingerprints: Mapping[str, Any], last: int) -> None:
+    """Let the checkpoint of a step be written as a new folder, seal it, and delete older ones.
 
     It is complete and on the disk before it has its name, and `best` stands for it before any other is deleted. The
     last few stay, by their steps; so does the best.
     """
     path = of_step(run, state.step)
-    check_finite(path, model, arrays)
     with replacing(path) as new:
-        WRITERS["hf"].write(model, new, "float32")
-        write_safetensors(new / OPTIMIZER, {name: a.shape for name, a in arrays.items()}, "F32", arrays.__getitem__)
-        files = {file.name: digest(file) for file in sorted(new.iterdir())}
+        write(new)
+        files = {name: digest(new / name) for name in files_in(new)}
         fields: dict[str, Any] = {**state._asdict(), "fingerprints": dict(fingerprints), "files": files}
         (new / STATE).write_text(json.dumps({**fields, "sha256": seal(fields)}, indent=2) + "\n")
     if state.best_step == state.step:
@@ -191,15 +208,15 @@ def prune(run: Path, state: State, last: int) -> None:
             shutil.rmtree(gone)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint each of whose files has the contents with which it was saved."""
+def verify(path: Path, own: slice = slice(None)) -> dict[str, Any]:
+    """The state of a checkpoint each of whose files, or each of these, has the contents with which it was saved."""
     fields = read_fields(path / STATE)
     good = fields.get("sha256") == seal(fields)
     check("sha256", "another than its own", good, "the contents that were saved", path / STATE)
     files: dict[str, str] = fields["files"]
-    strange = sorted({entry.name for entry in path.iterdir()} - files.keys() - {STATE})
+    strange = sorted({*files_in(path)} - files.keys() - {STATE})
     check("path", "a file that was not saved with the others", not strange, "none", path / (strange or [""])[0])
-    for name, known in files.items():
+    for name, known in [*files.items()][own]:
         check("sha256", "another than in state.json", digest(path / name) == known, "what was saved", path / name)
     return fields
 
@@ -213,19 +230,19 @@ def is_good(path: Path) -> bool:
 
 
 def read_back(run: Path, step: int) -> Kept:
-    """Read a checkpoint. One that has been damaged is refused, and the line names the one to go back to."""
+    """A checkpoint to read. One that has been damaged is refused, and the line names the one to go back to.
+
+    Of several processes, each verifies some of its files.
+    """
     path = of_step(run, step)
     try:
-        fields = verify(path)
+        fields = verify(path, slice(index(), None, processes()))
     except LlamaError as error:
         before = next((n for n in reversed(steps(run)) if n < step and is_good(of_step(run, n))), None)
         how = "no earlier one is good" if before is None else f"--resume step-{before} goes back to the last good one"
         raise LlamaError(error.file, error.field, error.got, f"{error.expected}; {how}") from error
-    with open_file(path / OPTIMIZER) as file:
-        places = scan_safetensors(file, path / OPTIMIZER)
-        arrays = {name: read_tensor(file, path / OPTIMIZER, name, place) for name, place in places.items()}
     state = State(**{name: fields[name] for name in State._fields})
-    return Kept(path, load(path, "float32"), arrays, state, fields["fingerprints"])
+    return Kept(path, state, fields["fingerprints"], seal(fields))
 
 
 def agree(kept: Kept, fingerprints: Mapping[str, Any], allowed: Sequence[str], note: Callable[[str], None]) -> None:

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from lovely_llama import CONFIGS, KEEP, Config, __version__, check, check_config
 
-from .cluster import processes
+from .cluster import processes, several
 from .formats import DTYPES
 from .learn import MATRICES, Recipe
 from .mesh import HELP, check_rows, make_mesh, parse_mesh
 from .options import number, whole
+from .runs import FORMATS
 
 # What --init-from leaves no choice of.
 MODEL = ("layers", "heads", "kv_heads", "dim", "hidden_dim", "theta", "tied", "init_std")
@@ -68,6 +69,7 @@ class Settings(NamedTuple):
     patience: int | None = None
     sample: int = 100
     mesh: str | None = None
+    checkpoints: str | None = None
 
 
 class Bound(NamedTuple):
@@ -142,6 +144,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     option("--dtype", choices=[*DTYPES], help="of the arithmetic; the parameters stay float32 (default: float32)")
     option("--remat", choices=[*KEEP], help="what a layer keeps for its derivative (default: dots)")
     option("--mesh", metavar="AXIS=N,…", help=HELP)
+    kinds = "hf: folders as transformers reads; orbax: each process writes what its devices hold, as the run goes on"
+    option("--checkpoints", choices=FORMATS, help=f"{kinds} (default: orbax on a mesh or with several processes)")
     option("--pack", action="store_true", help="several documents in a row, which do not see each other")
 
 
@@ -162,6 +166,7 @@ def settle(args: argparse.Namespace, before: Mapping[str, Any]) -> Settings:
         warmup=min(s.steps // 10, 100) if s.warmup is None else s.warmup,
         eval_every=s.eval_every or least,
         save_every=s.save_every or s.eval_every or least,
+        checkpoints=s.checkpoints or ("orbax" if s.mesh or several() else "hf"),
         lora_alpha=s.lora_alpha or (2.0 * s.lora if s.lora else None),
     )
     check_settled(s, given)

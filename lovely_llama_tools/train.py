@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,28 +23,29 @@ from lovely_llama import Block, Config, check, count, learning_rate
 from .children import again, watched
 from .cluster import agree_on, code, gathered, in_turn, index, joined, largest, own_rows, several, spread
 from .data import Batch, Corpus, Split, ahead, prepare
+from .extras import extra
 from .files import load, load_tokenizer
 from .formats import Model, check_memory
+from .formats.orbax import is_orbax
 from .generate import generate
 from .interrupts import PARENT, ending
 from .journal import Journal, Quiet, journal
+from .keeping import Keeper, restored
 from .learn import (
     Learner,
     Recipe,
     batch_loss,
     beginner,
-    from_stored,
     merged,
     new_adapters,
     new_params,
     stacked,
     step,
-    to_stored,
     unstacked,
 )
 from .mesh import batch_sharding, check_seq, place
 from .options import add_command
-from .runs import BEST, RUN, State, agree, held, keep, of_step, read_back, read_fields, steps, write_json
+from .runs import BEST, LOCK, RUN, Kept, State, agree, held, of_step, read_back, read_fields, steps, write_json
 from .settings import Settings, add_options, fingerprints, mesh_of, new_config, recipe_of, row_length, settle, versions
 from .tokens import fit
 
@@ -90,7 +92,7 @@ class Run(NamedTuple):
     corpus: Corpus
     config: Config
     recipe: Recipe
-    fingerprints: dict[str, Any]
+    keeper: Keeper
     stop: Stop
     book: Journal
     rows: NamedSharding | None  # of a batch over several devices
@@ -103,6 +105,8 @@ def train(args: argparse.Namespace) -> int:
     folder, stop = Path(args.out), Stop()
     settings = settle(args, {} if args.resume is None else read_fields(folder / RUN)["options"])
     at = chosen_step(folder, args.resume)
+    if settings.checkpoints == "orbax" or (at is not None and is_orbax(of_step(folder, at))):
+        extra("orbax.checkpoint", "scale")
     with ExitStack() as stack:
         stack.enter_context(ending(stop.take))
         stack.enter_context(joined(args.debug))
@@ -113,20 +117,25 @@ def train(args: argparse.Namespace) -> int:
             check_new(folder)
         agree_on(lambda: {"code": code(), **{name: v for name, v in settings._asdict().items() if name not in PATHS}})
         mesh = mesh_of(settings)
-        corpus, config, learner, state, marks = started(folder, settings, at, args.allow)
-        agree_on(lambda: {**marks, "weights": digest_of(learner), "versions": ""})
-        rows = None
+        corpus, config, learner, kept, marks = started(folder, settings, at, args.allow)
+        weights = partial(digest_of, learner) if kept is None else lambda: kept.seal
+        agree_on(lambda: {**marks, "weights": weights(), "out": holder(folder, settings), "versions": ""})
         if mesh:
             check_seq(corpus.train.seq, mesh.shape)
             stack.enter_context(jax.set_mesh(mesh))
-            learner, rows = place(learner, config, mesh), batch_sharding(mesh)
+        learner = restored(kept, learner, config, mesh) if kept else place(learner, config, mesh)
+        state, rows = kept.state if kept else State(), batch_sharding(mesh) if mesh else None
         options = {"options": settings._asdict(), "config": asdict(config), "fingerprints": marks}
         if writes:
             write_json(folder / RUN, {**options, "versions": versions()})
         book = stack.enter_context(journal(folder, state, settings.steps) if writes else nullcontext(Quiet()))
-        run = Run(folder, settings, corpus, config, recipe_of(settings, config), marks, stop, book, rows)
+        recipe, form = recipe_of(settings, config), cast(str, settings.checkpoints)
+        tokenizer = corpus.tokenizer and fit(corpus.tokenizer, config.vocab, "tokenizer")
+        keeper = stack.enter_context(Keeper(folder, form, config, tokenizer, recipe.scale, marks, settings.keep))
+        run = Run(folder, settings, corpus, config, recipe, keeper, stop, book, rows)
         if at is None:
-            save(run, learner, state)  # which shows that it can be done
+            keeper.save(learner, state)
+            keeper.wait()  # which shows that it can be done
         return finish(run, course(run, learner, state))
 
 
@@ -141,6 +150,13 @@ def chosen_step(folder: Path, resume: str | None) -> int | None:
     return names[resume]
 
 
+def holder(folder: Path, settings: Settings) -> str | None:
+    """What tells a folder that all processes see from others: who holds it. Otherwise process 0 alone sees it."""
+    if settings.checkpoints == "hf":
+        return None
+    return (folder / LOCK).read_text() if (folder / LOCK).exists() else "another folder"
+
+
 def check_new(folder: Path) -> None:
     """Refuse a folder that holds anything but data which an earlier start has prepared."""
     there = sorted(path.name for path in folder.iterdir() if path.name not in (DATA, ".lock"))
@@ -152,16 +168,14 @@ def check_new(folder: Path) -> None:
 
 def started(
     folder: Path, settings: Settings, at: int | None, allowed: Sequence[str]
-) -> tuple[Corpus, Config, Learner, State, dict[str, Any]]:
-    """The data, the learner and the state, new or out of a checkpoint, and what a resume will have to agree with."""
+) -> tuple[Corpus, Config, Learner, Kept | None, dict[str, Any]]:
+    """The data, the learner, new or its shapes beside a checkpoint, and what a resume will have to agree with."""
     kept = None if at is None else read_back(folder, at)
     corpus, config, learner = prepared(folder, settings, kept is not None)
     marks = fingerprints(settings, config, {**corpus.fingerprints, **base_fingerprint(learner)})
-    if kept is None:
-        return corpus, config, learner, State(), marks
-    agree(kept, marks, allowed, lambda text: print(f"note: {text}", file=sys.stderr))
-    learner = from_stored(learner, kept.model.params, kept.arrays, kept.state.updates, config, kept.path)
-    return corpus, config, learner, kept.state, marks
+    if kept:
+        agree(kept, marks, allowed, lambda text: print(f"note: {text}", file=sys.stderr))
+    return corpus, config, learner, kept, marks
 
 
 def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corpus, Config, Learner]:
@@ -217,7 +231,7 @@ def course(run: Run, learner: Learner, state: State) -> State:
     s = run.settings
     if state.owed and not over(run, state):
         state = evaluated(run, learner, state, run.book.owed)
-        save(run, learner, state)
+        run.keeper.save(learner, state)
     own = own_rows(run.rows, s.batch, run.corpus.train.seq) if run.rows else range(s.batch)
     batches = ahead(lambda n: run.corpus.train.batch(s.seed, n, s.batch, own), range(state.step, s.steps))
     for batch in () if over(run, state) else batches:
@@ -229,11 +243,12 @@ def course(run: Run, learner: Learner, state: State) -> State:
             run.book.step(row)
         due = state.best_step == state.step or state.step % cast(int, s.save_every) == 0
         if due:
-            save(run, learner, state)
+            run.keeper.save(learner, state)
         if over(run, state):
             if not due:
-                save(run, learner, state)
+                run.keeper.save(learner, state)
             break
+    run.keeper.wait()
     return state
 
 
@@ -260,6 +275,7 @@ def advanced(run: Run, learner: Learner, state: State, rows: tuple[Any, ...]) ->
     if not good:
         run.book.line(f"step {state.step}: skipped, as the loss is {loss} and the gradient's norm {norm}")
     if state.row == ROW:
+        run.keeper.wait()
         last = of_step(run.folder, steps(run.folder)[-1])
         raise FloatingPointError(
             f"{run.folder}: loss: got {loss} in {ROW} steps in a row, expected numbers; see {last}"
@@ -307,16 +323,10 @@ def validation_loss(run: Run, learner: Learner, split: Split) -> float:
     return total / max(targets, 1)
 
 
-def whole(run: Run, learner: Learner) -> Model:
-    """The model as it is now, adapters merged."""
-    tokenizer = run.corpus.tokenizer and fit(run.corpus.tokenizer, run.config.vocab, "tokenizer")
-    return Model(run.config, merged(learner.base, learner.trained, run.recipe.scale), tokenizer)
-
-
 def sample(run: Run, learner: Learner) -> str:
     """A text of the model's: after BOS, or a newline, or token 0."""
-    model = whole(run, learner)
-    model, tokenizer = model._replace(params=jax.device_put(unstacked(model.params))), model.tokenizer
+    params, tokenizer = merged(learner.base, learner.trained, run.recipe.scale), run.keeper.tokenizer
+    model = Model(run.config, jax.device_put(unstacked(params)), tokenizer)
     start = tokenizer.begin("") if tokenizer else []
     newlines = [i for i, piece in enumerate(tokenizer.pieces) if piece == b"\n"] if tokenizer else []
     room = min(run.settings.sample, run.config.ctx - 1)
@@ -327,15 +337,6 @@ def sample(run: Run, learner: Learner) -> str:
             if run.stop.seen:
                 break
     return "".join(parts)
-
-
-def save(run: Run, learner: Learner, state: State) -> None:
-    """Write a checkpoint."""
-    learner = gathered(learner)
-    if index():
-        return
-    stored = to_stored(learner, run.config)
-    keep(run.folder, whole(run, learner), stored, state, run.fingerprints, run.settings.keep)
 
 
 def finish(run: Run, state: State) -> int:

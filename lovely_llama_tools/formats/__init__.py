@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lovely_llama import Config, LlamaError, Params, Sampling, check, count, shapes
 
 from ..extras import progress
-from ..layout import NAMES, Layout, all_tensors, from_named
+from ..layout import Layout, all_tensors, from_named
 from ..mesh import shardings
 from ..tokens import Tokenizer
 
@@ -65,7 +65,7 @@ class Checkpoint(NamedTuple):
 
     def dtype(self) -> str:
         """The dtype of the embedding; float32 is accurate enough for whatever is quantised."""
-        kind = self.tensors[f"{NAMES['embed'][self.layout.column]}.weight"].dtype
+        kind = self.tensors[next(iter(all_tensors(self.layout, self.config)))].dtype
         return {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
 
     def load(self, dtype: str | None = None, mesh: Mesh | None = None, allow_nonfinite: bool = False) -> Model:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -59,9 +59,7 @@ class Stored(NamedTuple):
 def open_folder(path: Path, files: ExitStack) -> Checkpoint:
     """A folder as transformers saves it, its tensors in one file or in several."""
     check_links(path)
-    given = read_fields(path / CONFIG)
-    generation = read_fields(path / GENERATION) if (path / GENERATION).exists() else {}
-    config, fields = read_config(given, path / CONFIG)
+    config, fields = read_config(read_fields(path / CONFIG), path / CONFIG)
     found = open_tensors(path, files)
     layers, most = config.layers, len(found)
     check("num_hidden_layers", layers, layers <= most, f"no more than the {most} tensors", path / CONFIG)
@@ -74,23 +72,30 @@ def open_folder(path: Path, files: ExitStack) -> Checkpoint:
     def get(name: str) -> Float[np.ndarray, "..."]:
         return read_tensor(found[name].file, found[name].path, name, found[name].place)
 
-    tokenizer = folder_tokenizer(path, config.vocab)
-    stops = read_stops(given, config.vocab, path / CONFIG) | read_stops(generation, config.vocab, path / GENERATION)
-    sampling = read_sampling(generation, config.vocab, path / GENERATION)
-    tokenizer = tokenizer and tokenizer._replace(stops=tokenizer.stops | stops, sampling=sampling)
     tensors = {name: Tensor(s.place.shape, s.place.dtype) for name, s in found.items()}
+    tokenizer = read_tokenizer(path, config.vocab)
     return Checkpoint(path, "Hugging Face", HUGGING_FACE, config, fields, tensors, get, tokenizer)
 
 
-def check_links(path: Path) -> None:
+def read_tokenizer(path: Path, vocab: int) -> Tokenizer | None:
+    """The tokenizer in a folder, with the tokens that end a text, and how tokens are to be chosen."""
+    given, generation = (read_fields(path / name) if (path / name).exists() else {} for name in (CONFIG, GENERATION))
+    tokenizer = folder_tokenizer(path, vocab)
+    stops = read_stops(given, vocab, path / CONFIG) | read_stops(generation, vocab, path / GENERATION)
+    sampling = read_sampling(generation, vocab, path / GENERATION)
+    return tokenizer and tokenizer._replace(stops=tokenizer.stops | stops, sampling=sampling)
+
+
+def check_links(path: Path, more: Iterable[Path] = ()) -> None:
     """Refuse links that lead out of the folder, but for those of the hub's cache: from snapshots/… into blobs."""
     real = Path(os.path.realpath(path))
     roots = [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]
-    for entry in [*path.iterdir(), *path.glob("*/*.jinja")]:
-        if entry.suffix in READ or entry.name == "tokenizer.bin":
-            target = Path(os.path.realpath(entry))
-            inside = any(target.is_relative_to(root) for root in roots)
-            check("path", f"a link to {target}", inside, f"a file in {path}", entry)
+    entries = [*path.iterdir(), *path.glob("*/*.jinja")]
+    read = [entry for entry in entries if entry.suffix in READ or entry.name == "tokenizer.bin"]
+    for entry in [*read, *more]:
+        target = Path(os.path.realpath(entry))
+        inside = any(target.is_relative_to(root) for root in roots)
+        check("path", f"a link to {target}", inside, f"a file in {path}", entry)
 
 
 def open_tensors(path: Path, files: ExitStack) -> dict[str, Stored]:
@@ -169,16 +174,7 @@ def save_folder(model: Model, path: Path, dtype: str) -> None:
     def get(name: str) -> Float[np.ndarray, "..."]:
         return narrowed(tensor(name), dtype, name)
 
-    def write(name: str, fields: Mapping[str, Any]) -> None:
-        (path / name).write_text(json.dumps(fields, indent=2) + "\n")
-
-    path.mkdir()
-    for name, data in (tokenizer_files(model.tokenizer) if model.tokenizer else {}).items():
-        (path / name).write_bytes(data)
-    ids, config = token_ids(model.tokenizer), config_to_hf(model.config)
-    write(CONFIG, config | ids | {"dtype": dtype})
-    stops = sorted(model.tokenizer.stops) if model.tokenizer else []
-    write(GENERATION, ids | ({"eos_token_id": stops} if stops else {}) | write_sampling(model.sampling))
+    save_description(model.config, model.tokenizer, path, dtype)
     shards, room = list[list[str]](), 0
     for name, size in sizes.items():
         if size > room:
@@ -191,7 +187,23 @@ def save_folder(model: Model, path: Path, dtype: str) -> None:
         write_safetensors(path / name, {tensor: shapes[tensor] for tensor in shard}, kind, get)
     if count > 1:
         where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        write(INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+        write_fields(path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+
+
+def write_fields(path: Path, fields: Mapping[str, Any]) -> None:
+    """The inverse of `read_fields`."""
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def save_description(config: Config, tokenizer: Tokenizer | None, path: Path, dtype: str) -> None:
+    """Begin a folder with all but its tensors."""
+    path.mkdir()
+    for name, data in (tokenizer_files(tokenizer) if tokenizer else {}).items():
+        (path / name).write_bytes(data)
+    ids, stops = token_ids(tokenizer), sorted(tokenizer.stops) if tokenizer else []
+    write_fields(path / CONFIG, config_to_hf(config) | ids | {"dtype": dtype})
+    sampling = write_sampling(tokenizer.sampling if tokenizer else None)
+    write_fields(path / GENERATION, ids | ({"eos_token_id": stops} if stops else {}) | sampling)
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:

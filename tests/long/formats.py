@@ -19,6 +19,7 @@ from lovely_llama import LlamaError, RopeScaling, Sampling
 from lovely_llama_tools.files import WRITERS, load, save
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.formats.gguf_header import KINDS as GGUF
+from lovely_llama_tools.formats.orbax import KINDS as ORBAX
 from lovely_llama_tools.formats.pth import KINDS as TORCH
 from lovely_llama_tools.formats.safetensors import KINDS as SAFETENSORS
 
@@ -82,6 +83,7 @@ def table() -> str:
         ),
         "llama2.c": (llama2c, ["F32", "INT8"], "llama2c"),
         "Meta": ("a folder with params.json", TORCH.values(), ""),
+        "Orbax": ("a folder with a folder orbax, of a training run", ORBAX.values(), ""),
     }
     rows = ["| format | known by | numbers that are read | `--to` | `--dtype` |", "|---|---|---|---|---|"]
     for name, (by, numbers, prefix) in known.items():

@@ -68,7 +68,8 @@ def launched(world: World, common: str, *own: str, before: Mapping[int, str] | N
 
 def trains(world: World) -> None:
     """Each process may have its own folder: only process 0 writes."""
-    done = launched(world, f"{tokens(world)} {MODEL} {COURSE}", *(f"--out {world.folder}/run{i}" for i in range(2)))
+    common = f"{tokens(world)} {MODEL} {COURSE} --checkpoints hf"
+    done = launched(world, common, *(f"--out {world.folder}/run{i}" for i in range(2)))
     assert done.status == 0, done.err
     assert len(rows(world.folder / "run0")) == 3 and not (world.folder / "run1").exists()
 
@@ -97,8 +98,8 @@ def meshed(mesh: str, field: str, end: type[BaseException] = Accepted, more: str
 
 EIGHT = "--layers 1 --dim 16 --heads 8 --kv-heads 4 --hidden-dim 24 --vocab 12 --ctx 8 --batch 8 --micro-batch 4"
 STEPS = "--sample 0 --lr 0.01 --steps 20 --eval-every 20 --save-every 10 --keep 3 --val-fraction 0"
-BEGUN_AGAIN = {"lovely_llama_tools.train:from_stored": "lambda learner, params, arrays, updates, config, file: "
-               "beginner(learner.base, stacked(params))"}  # fmt: skip
+BEGUN_AGAIN = {"lovely_llama_tools.keeping:restored": "lambda *a: (new := original(*a))._replace(moments="
+               "jax.tree.map(jnp.zeros_like, new.moments))"}  # fmt: skip
 FIRST_ROW = {"lovely_llama_tools.train:spread": "lambda ids, *more: original(ids[[0] * len(ids)], *more)"}
 ALL_ROWS = {"lovely_llama_tools.batches:Split.batch": "lambda self, seed, step, rows, own=None: "
             "original(self, seed, step, rows)"}  # fmt: skip

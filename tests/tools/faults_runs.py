@@ -4,11 +4,13 @@ import contextlib
 import functools
 import importlib
 import json
+import operator
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,16 @@ from lovely_llama_tools import learn, runs, settings, train
 from lovely_llama_tools.commands import arguments
 from lovely_llama_tools.data import prepare
 from lovely_llama_tools.files import load
-from lovely_llama_tools.formats import Model
 from lovely_llama_tools.formats.hugging_face import WEIGHTS
 from lovely_llama_tools.interrupts import taken
-from lovely_llama_tools.runs import OPTIMIZER, STATE, State, held, is_good, keep, read_back, steps
+from lovely_llama_tools.keeping import Keeper, restored
+from lovely_llama_tools.learn import Learner, beginner, stacked
+from lovely_llama_tools.runs import OPTIMIZER, STATE, State, held, is_good, keep, read_back, steps, write_hf
 
 COMMAND = "lovely-llama train"
 SIZES = "--layers 1 --heads 2 --dim 4 --hidden-dim 6 --ctx 4 --batch 2 --vocab 11 --sample 0"
 COURSE = "--steps 6 --eval-every 3 --save-every 2 --warmup 1 --keep 9"
-MODEL = Model(TINY, random_params(TINY), None)
-ARRAYS = {"first.x": np.arange(5, dtype=np.float32), "second.x": np.ones(5, np.float32)}
+LEARNER = beginner(None, stacked(random_params(TINY)))
 MARKS: dict[str, Any] = {"lr": 0.1}
 IN_PLACE = {"lovely_llama_tools.runs:replacing": "lambda target: __import__('contextlib').nullcontext(target)"}
 
@@ -43,11 +45,21 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-def save(run: Path, step: int, last: int = 9, **more: Any) -> Path:
+def save(
+    run: Path, step: int, last: int = 9, form: str = "hf", learner: Learner = LEARNER, **more: Any
+) -> Path:  # fmt: skip
     """A checkpoint without any training."""
     run.mkdir(exist_ok=True)
-    keep(run, MODEL, ARRAYS, State(step, **more), MARKS, last)
+    with Keeper(run, form, TINY, None, 1.0, MARKS, last) as keeper:
+        keeper.save(learner, State(step, **more))
+        keeper.wait()
     return run / f"step-{step}"
+
+
+def parts(run: Path, step: int) -> object:
+    """All that is in a checkpoint."""
+    kept = read_back(run, step)
+    return kept.model, restored(kept, LEARNER, TINY, None)
 
 
 def data(world: World, seed: int = 0) -> Path:
@@ -78,7 +90,7 @@ def trains(world: World) -> None:
 def strike(world: World, place: str, at: int, blow: Callable[[], object]) -> None:
     """Let a blow fall as a function is called for the nth time."""
     module, _, name = place.partition(":")
-    original, calls = getattr(importlib.import_module(module), name), list[int]()
+    original, calls = operator.attrgetter(name)(importlib.import_module(module)), list[int]()
 
     def struck(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
@@ -101,23 +113,23 @@ def full() -> None:
 
 
 def killed_while(
-    place: str, removed: Mapping[str, str] = IN_PLACE, end: type[BaseException] = AssertionError
+    place: str, form: str = "hf", removed: Mapping[str, str] = IN_PLACE, end: type[BaseException] = AssertionError
 ) -> Variant:
     """After a kill in this place the last checkpoint loads, and the next start finds a clean folder."""
 
     def act(world: World) -> None:
         folder = world.folder / "run"
-        save(folder, 1)
+        save(folder, 1, form=form)
         with world.patch.context() as patch:
             inner = replace(world, patch=patch)
             strike(inner, place, 1, kill)
             with contextlib.suppress(Killed):
-                save(folder, 2, 1, best=1.0, best_step=2)
+                save(folder, 2, 1, form, best=1.0, best_step=2)
         assert all(is_good(folder / f"step-{n}") for n in steps(folder)) and steps(folder)
         with held(folder):
             left = {path.name for path in folder.iterdir()} - {"step-1", "step-2", "best", ".lock"}
         assert not left
-        save(folder, 2, 1, best=1.0, best_step=2)
+        save(folder, 2, 1, form, best=1.0, best_step=2)
         assert steps(folder) == [2] and load(folder / "best").config == TINY
 
     return guarded(act, removed, end)
@@ -155,12 +167,12 @@ def cleaned(world: World) -> None:
 # ---- H2: disks that fail ---------------------------------------------------------------------------------------------
 
 
-def failing(place: str, at: int, step: int) -> Variant:
+def failing(place: str, at: int, step: int, form: str = "hf") -> Variant:
     """The command ends in one line and status 1; what was saved before still loads."""
 
     def act(world: World) -> None:
         strike(world, place, at, full)
-        done = run(world, data(world), SIZES, COURSE)
+        done = run(world, data(world), SIZES, COURSE, "--checkpoints", form)
         last = done.err.splitlines()[-1]
         if not re.fullmatch(r"error: [^\n]+: path: got No space left on device, expected [^\n]+", last):
             raise Unlike(done.err)
@@ -185,7 +197,8 @@ def unwritable(where: str) -> Variant:
 
 UNHELD = "lambda run: __import__('contextlib').nullcontext()"
 LATE = {
-    "lovely_llama_tools.train:save": "lambda run, learner, state: original(run, learner, state) if state.step else None"
+    "lovely_llama_tools.keeping:Keeper.save": "lambda self, learner, state: original(self, learner, state) "
+    "if state.step else None"
 }
 
 
@@ -268,7 +281,7 @@ def forgetting(field: str) -> dict[str, str]:
 
 REPLAYED = {"lovely_llama_tools.train:ahead": "lambda batches, steps: original(batches, range(len(steps)))"}
 NO_MOMENTS = {
-    "lovely_llama_tools.train:from_stored": "lambda learner, params, arrays, *more: "
+    "lovely_llama_tools.keeping:from_stored": "lambda learner, params, arrays, *more: "
     "original(learner, params, {name: 0 * array for name, array in arrays.items()}, *more)"
 }
 RATES_RESTART = {
@@ -329,7 +342,7 @@ def cut(path: Path) -> None:
 
 def damaged(
     name: str, damage: Callable[[Path], object], field: str = "sha256", end: Any = Accepted,
-    removed: Mapping[str, str] | None = None,
+    removed: Mapping[str, str] | None = None, form: str = "hf",
 ) -> Variant:  # fmt: skip
     """Refused; the line names the last good one, with which the run goes on."""
 
@@ -339,14 +352,15 @@ def damaged(
             for step in (1, 2):
                 save(folder, step)
             flip(save(folder, 3) / "model.safetensors")
-            save(folder, 4)
-            damage(folder / "step-4" / name)
-        return read_back(folder, 4)
+            save(folder, 4, form=form)
+            largest = sorted((folder / "step-4").glob(name), key=lambda path: path.stat().st_size)
+            damage((largest or [folder / "step-4" / name])[-1])
+        return parts(folder, 4)
 
     return refused(act, field, "--resume step-2 goes back to the last good one", removed, end)
 
 
-UNVERIFIED = {"lovely_llama_tools.runs:verify": "lambda path: read_fields(path / STATE)"}
+UNVERIFIED = {"lovely_llama_tools.runs:verify": "lambda path, *_: read_fields(path / STATE)"}
 PLAIN_JSON = {"lovely_llama_tools.runs:read_fields": "lambda path: json.loads(path.read_bytes())"}
 
 
@@ -446,23 +460,26 @@ def three_in_a_row(world: World) -> Done:
     return done._replace(err=done.err[done.err.index("error: ") :]) if "error: " in done.err else done
 
 
-def never_saved(what: str) -> Variant:
+def never_saved(what: str, form: str, end: type[BaseException] = Accepted) -> Variant:
     """Parameters or moments that are not finite."""
 
     def act(world: World) -> None:
-        save(world.folder / "run", 1)
-        params = MODEL.params._replace(norm=MODEL.params.norm.at[3].set(jnp.nan)) if what == "norm" else MODEL.params
-        arrays = ARRAYS if what == "norm" else {**ARRAYS, what: np.array([np.inf, 1], np.float32)}
+        save(world.folder / "run", 1, form=form)
+        first, params = LEARNER.moments.first, LEARNER.trained
+        if what == "params":
+            learner = LEARNER._replace(trained=params._replace(norm=params.norm.at[3].set(jnp.nan)))
+        else:
+            bad = first._replace(embed=first.embed.at[1, 2].set(jnp.inf))
+            learner = LEARNER._replace(moments=LEARNER.moments._replace(first=bad))
         try:
-            keep(world.folder / "run", MODEL._replace(params=params), arrays, State(2), MARKS, 1)
+            save(world.folder / "run", 2, 1, form, learner)
         except FloatingPointError as error:
-            assert re.fullmatch(r"[^\n]+step-2: [^\n]+: got NaN or ∞, expected finite numbers", str(error))
+            assert re.fullmatch(rf"[^\n]+step-2: {what}\.\w+: got NaN or ∞, expected finite numbers", str(error))
         else:
             raise Accepted
         assert steps(world.folder / "run") == [1]
 
-    unguarded = {"lovely_llama_tools.runs:check_finite": "lambda *_: None"}
-    return guarded(act, unguarded, LlamaError if what == "norm" else Accepted)
+    return guarded(act, {"lovely_llama_tools.keeping:check_finite": "lambda *_: None"}, end)
 
 
 # ---- H10: nonsense numbers -------------------------------------------------------------------------------------------
@@ -551,16 +568,16 @@ def over_itself(world: World) -> None:
     """A checkpoint is saved over the one that its parameters were loaded from."""
     path = save(world.folder / "run", 1)
     loaded = load(path)
-    keep(world.folder / "run", loaded, ARRAYS, State(1), MARKS, 1)
-    np.testing.assert_array_equal(load(path).params.embed, MODEL.params.embed)
+    keep(world.folder / "run", partial(write_hf, loaded, {}), State(1), MARKS, 1)
+    np.testing.assert_array_equal(load(path).params.embed, LEARNER.trained.embed)
 
 
 PRIVATE = {"lovely_llama_tools.runs:publish": "lambda new, target: (os.chmod(new, 0o700), original(new, target))"}
 ABSOLUTE = {"lovely_llama_tools.runs:point": "lambda run, step: (run / BEST).symlink_to(of_step(run, step).absolute())"}
 MADE = {"lovely_llama_tools.runs:held": "lambda run: run.mkdir() or __import__('contextlib').nullcontext()"}
 EAGER = {
-    "lovely_llama_tools.runs:check_finite": "lambda path, *_: [shutil.rmtree(of_step(path.parent, n)) "
-    "for n in steps(path.parent)]"
+    "lovely_llama_tools.runs:replacing": "lambda path: ([shutil.rmtree(of_step(path.parent, n)) "
+    "for n in steps(path.parent)], original(path))[1]"
 }
 ONLY_LAST = {
     "lovely_llama_tools.runs:prune": "lambda run, s, last: [shutil.rmtree(of_step(run, n)) for n in steps(run)[:-last]]"
@@ -569,8 +586,10 @@ ONLY_LAST = {
 # ---- The cases -------------------------------------------------------------------------------------------------------
 
 SAFETENSORS = "lovely_llama_tools.formats.hugging_face:write_safetensors"
-MOMENTS, PUBLISH, SYNC = (
-    "lovely_llama_tools.runs:write_safetensors", "lovely_llama_tools.runs:publish", "os:fsync",
+DESCRIPTION = "lovely_llama_tools.keeping:save_description"
+MOMENTS, SEAL, PUBLISH, SYNC = (
+    "lovely_llama_tools.runs:write_safetensors", "lovely_llama_tools.runs:seal", "lovely_llama_tools.runs:publish",
+    "os:fsync",
 )  # fmt: skip
 
 CASES: dict[str, Case] = {
@@ -579,7 +598,8 @@ CASES: dict[str, Case] = {
         {
             "parameters": killed_while(SAFETENSORS),
             "moments": killed_while(MOMENTS),
-            "state": killed_while("lovely_llama_tools.runs:seal"),
+            "state": killed_while(SEAL),
+            "by orbax": killed_while(SEAL, "orbax"),
             "deleting": guarded(half_deleted, DELETED_IN_PLACE),
             "cleaned": guarded(cleaned, {"lovely_llama_tools.runs:remove": "lambda path: None"}),
         },
@@ -590,6 +610,7 @@ CASES: dict[str, Case] = {
         {
             "parameters": failing(SAFETENSORS, 2, 0), "moments": failing(MOMENTS, 3, 2), "fsync": failing(SYNC, 12, 0),
             "rename": failing(PUBLISH, 4, 2),
+            "by orbax": failing(DESCRIPTION, 3, 2, "orbax"), "fsync, by orbax": failing(SYNC, 30, 0, "orbax"),
             "below a file": unwritable("file/run"), "a file": unwritable("file"),
             "a link to itself": unwritable("loop"), "/proc": unwritable("/proc/run"),
             "the first": guarded(before_the_first_step, LATE),
@@ -600,7 +621,7 @@ CASES: dict[str, Case] = {
         "S", "Ctrl-C and SIGTERM",
         {
             "compiling": signalled("step", 1, 2), "in a step": signalled("step", 3, 15, owed=True),
-            "in an evaluation": signalled("batch_loss", 1, 2, owed=True), "saving": signalled("save", 2, 15),
+            "in an evaluation": signalled("batch_loss", 1, 2, owed=True), "saving": signalled("Keeper.save", 2, 15),
             "twice": guarded(
                 twice, {"lovely_llama_tools.train:Stop.take": "lambda self, n: setattr(self, 'seen', n) is None"}
             ),
@@ -648,6 +669,8 @@ CASES: dict[str, Case] = {
             "another step": damaged(STATE, edited('"step": 4', '"step": 7')),
             "no checksum": damaged(STATE, edited('"sha256": "[^"]*"', '"x": 1')),
             "no state": damaged(STATE, Path.unlink, "path", FileNotFoundError, PLAIN_JSON),
+            "by orbax": damaged("orbax/ocdbt.process_0/d/*", flip, form="orbax"),
+            "shorter, by orbax": damaged("orbax/ocdbt.process_0/d/*", cut, form="orbax"),
             "a foreign file": damaged("tokenizer.json", lambda p: p.write_text("{}"), "path", Unlike),
         },
         goes_back,
@@ -658,7 +681,8 @@ CASES: dict[str, Case] = {
         {
             "NaN": skipped(float("nan")), "∞": skipped(float("inf")),
             "three in a row": ends(three_in_a_row, 1, "loss", removed={"lovely_llama_tools.train:ROW": "99"}),
-            "parameters": never_saved("norm"), "moments": never_saved("second.x"),
+            "parameters": never_saved("params", "hf", LlamaError), "moments": never_saved("first", "hf"),
+            "parameters, by orbax": never_saved("params", "orbax"), "moments, by orbax": never_saved("first", "orbax"),
         },
         trains,
     ),

@@ -49,7 +49,7 @@ def test_other_contents_are_called_what_they_are(what: str, tmp_path: Path) -> N
         ("https://example.org/model.gguf", "a URL, expected a file: download it first"),
         ("nowhere.gguf", "no such file"),
         ("docs/nowhere", "no such file"),
-        (".", "a folder without a model, expected one with config.json or params.json"),
+        (".", "a folder without a model, expected one with orbax or config.json or params.json"),
     ],
 )
 def test_other_paths_are_called_what_they_are(path: str, says: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -276,6 +277,17 @@ def test_killed_interrupted_and_resumed_they_come_to_the_same_bits(both: Runs) -
     process.communicate()
     assert process.returncode == 0
     assert_same(run, both.folder / "whole")
+
+
+def test_each_must_see_the_folder_of_the_run(both: Runs) -> None:
+    """Here they are started by hand, in folders of their own."""
+    shared = {ADDRESS: f"127.0.0.1:{57344 + os.getpid() % 4096}", COUNT: "2"}
+    arguments = words(both.text, MODEL, "--steps 4 --out")
+    tasks = [both.start(*arguments, both.folder / f"own{i}", **shared, **{INDEX: str(i)}) for i in range(2)]
+    said = [task.communicate() for task in tasks]
+    line = r"error: process 1: out: got another folder, expected \d+, as process 0 has\n"
+    assert [task.returncode for task in tasks] == [2, 2] and all(re.fullmatch(line, err) for _, err in said), said
+    assert not (both.folder / "own0" / "metrics.jsonl").exists()
 
 
 def test_a_scheduler_starts_them(both: Runs) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from builders import SMALL, letter_tokenizer, random_params
 from lovely_llama import LlamaError, logits
 from lovely_llama_tools.files import load
 from lovely_llama_tools.formats import Model
-from lovely_llama_tools.runs import BEST, State, agree, held, keep, read_back, steps
+from lovely_llama_tools.runs import BEST, State, agree, held, keep, read_back, steps, write_hf
 from lovely_llama_tools.tokens.characters import characters_tokenizer
 
 MODEL = Model(SMALL, random_params(SMALL), characters_tokenizer("abcdefghijklmnopqrstuvwxyz .\n"))
@@ -26,14 +27,17 @@ ARRAYS: dict[str, Any] = {"first.embed": EMBED, "second.a": np.array([1e-30], np
 MARKS: dict[str, Any] = {"config.dim": 14, "lr": 3e-4, "data": "abc", "versions": "jax 1"}
 
 
+WRITE = partial(write_hf, MODEL, ARRAYS)
+
+
 def save(run: Path, step: int, last: int = 9, **more: Any) -> Path:
-    keep(run, MODEL, ARRAYS, State(step, **more), MARKS, last)
+    keep(run, WRITE, State(step, **more), MARKS, last)
     return run / f"step-{step}"
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     state = State(7, 5, 2, 1, 0.1 + 0.2, 7, 0, True)
-    keep(tmp_path, MODEL, ARRAYS, state, MARKS, 1)
+    keep(tmp_path, WRITE, state, MARKS, 1)
     kept = read_back(tmp_path, 7)
     jax.tree.map(np.testing.assert_array_equal, kept.model.params, MODEL.params)
     assert kept.state == state and kept.fingerprints == MARKS and kept.model.config == SMALL
@@ -45,7 +49,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_load_and_transformers_read_a_checkpoint_and_the_best(tmp_path: Path) -> None:
     config = replace(SMALL, dim=24)  # transformers has no other than multiples of the number of heads
     model = Model(config, random_params(config), MODEL.tokenizer)
-    keep(tmp_path, model, ARRAYS, State(3, best=1.0, best_step=3), MARKS, 1)
+    keep(tmp_path, partial(write_hf, model, ARRAYS), State(3, best=1.0, best_step=3), MARKS, 1)
     tokens = np.array([5, 17, 3, 28, 11], np.int32)
     want = jit(logits, static_argnums=2)(model.params, tokens, config)
     reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "step-3")
@@ -104,7 +108,7 @@ def test_a_resume_agrees_or_is_told_what_differs(tmp_path: Path) -> None:
 
 
 def test_a_state_without_a_tokenizer(tmp_path: Path) -> None:
-    keep(tmp_path, MODEL._replace(tokenizer=None), ARRAYS, State(1), MARKS, 1)
+    keep(tmp_path, partial(write_hf, MODEL._replace(tokenizer=None), ARRAYS), State(1), MARKS, 1)
     assert read_back(tmp_path, 1).model.tokenizer is None
     assert json.loads((tmp_path / "step-1" / "state.json").read_text())["best"] is None
 
@@ -114,5 +118,5 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     save(tmp_path, 1)
     odd = Model(replace(SMALL), MODEL.params, letter_tokenizer([b"a"] * SMALL.vocab))
     with pytest.raises(LlamaError):
-        keep(tmp_path, odd, ARRAYS, State(2), MARKS, 1)
+        keep(tmp_path, partial(write_hf, odd, ARRAYS), State(2), MARKS, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1"]

@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -172,7 +173,7 @@ class Killed(BaseException):
 
 def strike(monkeypatch: pytest.MonkeyPatch, name: str, at: int, blow: Callable[[], object]) -> None:
     """Let a blow fall as a function is called for the nth time."""
-    original, calls = getattr(train, name), list[int]()
+    original, calls = attrgetter(name)(train), list[int]()
 
     def struck(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
@@ -180,7 +181,7 @@ def strike(monkeypatch: pytest.MonkeyPatch, name: str, at: int, blow: Callable[[
             blow()
         return original(*arguments, **more)
 
-    monkeypatch.setattr(train, name, struck)
+    monkeypatch.setattr(f"lovely_llama_tools.train.{name}", struck)
 
 
 def kill() -> None:
@@ -194,7 +195,7 @@ def kill() -> None:
         ("step", 1, 1, signal.SIGINT),
         ("step", 8, 8, signal.SIGTERM),
         ("batch_loss", 2, 4, signal.SIGINT),
-        ("save", 3, 4, signal.SIGTERM),
+        ("Keeper.save", 3, 4, signal.SIGTERM),
         ("step", 12, 12, signal.SIGINT),
     ],
 )
