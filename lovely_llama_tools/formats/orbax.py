@@ -135,7 +135,7 @@ def start_writing(folder: Path, tree: Mapping[str, Any]) -> Callable[[], None]:
 
     with failing_as_disks():
         writer = orbax.StandardCheckpointer()
-        writer.save(folder, tree, save_args=jax.tree.map_with_path(stored, tree))
+        writer.save(folder.absolute(), tree, save_args=jax.tree.map_with_path(stored, tree))
     return failing_as_disks()(writer.close)
 
 
