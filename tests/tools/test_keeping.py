@@ -198,7 +198,7 @@ def test_adapters(found: Any) -> None:
 
 def test_a_full_disk_is_one_line(found: Any) -> None:
     folder, out, err = found
-    assert out["full"].splitlines()[-1].startswith(f"error: full/step-0: path: got ")
+    assert out["full"].splitlines()[-1].startswith("error: full/step-0: path: got ")
     assert "Traceback" not in out["full"] and not err
     assert not steps(folder / "full")
 
