@@ -95,10 +95,10 @@ def check_finite(path: Path, tree: Any) -> None:
 def restored(kept: Kept, like: Learner, config: Config, mesh: Mesh | None) -> Learner:
     """The learner of a checkpoint, where it is to lie. `like` has the shapes of what is learned, and the base."""
     if not is_orbax(kept.path):
-        arrays = kept.model.params, kept.arrays
-        return place(from_stored(like, *arrays, kept.state.updates, config, kept.path), config, mesh)
+        read = from_stored(like, kept.model.params, kept.arrays, kept.state.updates, config, kept.path)
+        return place(read._replace(base=None), config, mesh)._replace(base=like.base)
     trained = PARAMS if like.base is None else "adapters"
     parts = {**parts_of(like), trained: like.trained}
     read = read_tree(kept.path, parts, places(parts, config, mesh))
-    base, updates = place((like.base, jnp.array(kept.state.updates)), config, mesh)
-    return Learner(base, read[trained], Moments(updates, read["first"], read["second"]))
+    updates = place(jnp.array(kept.state.updates), config, mesh)
+    return Learner(like.base, read[trained], Moments(updates, read["first"], read["second"]))

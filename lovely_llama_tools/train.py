@@ -1,7 +1,6 @@
 """The command `train`: a run from its data to its last checkpoint, which may be interrupted and resumed anywhere."""
 
 import argparse
-import hashlib
 import math
 import os
 import sys
@@ -15,17 +14,17 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
-from lovely_llama import Block, Config, check, count, learning_rate
+from lovely_llama import Block, Config, Params, check, learning_rate
 
 from .children import again, watched
 from .cluster import agree_on, code, gathered, in_turn, index, joined, largest, own_rows, several, spread
 from .data import Batch, Corpus, Split, ahead, prepare
 from .extras import extra
-from .files import load, load_tokenizer
-from .formats import Model, check_memory
+from .files import checkpoint, load, load_tokenizer
+from .formats import Model, check_memory, share
 from .formats.orbax import is_orbax
 from .generate import generate
 from .interrupts import PARENT, ending
@@ -43,7 +42,7 @@ from .learn import (
     step,
     unstacked,
 )
-from .mesh import batch_sharding, check_seq, place
+from .mesh import batch_sharding, check_seq, places
 from .options import add_command
 from .runs import BEST, LOCK, RUN, Kept, State, agree, held, of_step, read_back, read_fields, steps, write_json
 from .settings import Settings, add_options, fingerprints, mesh_of, new_config, recipe_of, row_length, settle, versions
@@ -117,13 +116,13 @@ def train(args: argparse.Namespace) -> int:
             check_new(folder)
         agree_on(lambda: {"code": code(), **{name: v for name, v in settings._asdict().items() if name not in PATHS}})
         mesh = mesh_of(settings)
-        corpus, config, learner, kept, marks = started(folder, settings, at, args.allow)
-        weights = partial(digest_of, learner) if kept is None else lambda: kept.seal
+        corpus, config, learner, kept, marks = started(folder, settings, mesh, at, args.allow)
+        weights = partial(base_digest, settings.init_from) if kept is None else lambda: kept.seal
         agree_on(lambda: {**marks, "weights": weights(), "out": holder(folder, settings), "versions": ""})
         if mesh:
             check_seq(corpus.train.seq, mesh.shape)
             stack.enter_context(jax.set_mesh(mesh))
-        learner = restored(kept, learner, config, mesh) if kept else place(learner, config, mesh)
+        learner = restored(kept, learner, config, mesh) if kept else learner
         state, rows = kept.state if kept else State(), batch_sharding(mesh) if mesh else None
         options = {"options": settings._asdict(), "config": asdict(config), "fingerprints": marks}
         if writes:
@@ -167,20 +166,21 @@ def check_new(folder: Path) -> None:
 
 
 def started(
-    folder: Path, settings: Settings, at: int | None, allowed: Sequence[str]
+    folder: Path, settings: Settings, mesh: Mesh | None, at: int | None, allowed: Sequence[str]
 ) -> tuple[Corpus, Config, Learner, Kept | None, dict[str, Any]]:
     """The data, the learner, new or its shapes beside a checkpoint, and what a resume will have to agree with."""
     kept = None if at is None else read_back(folder, at)
-    corpus, config, learner = prepared(folder, settings, kept is not None)
-    marks = fingerprints(settings, config, {**corpus.fingerprints, **base_fingerprint(learner)})
+    corpus, config, learner = prepared(folder, settings, mesh, kept is not None)
+    base = {"base": base_digest(settings.init_from)} if settings.lora else {}  # what adapters belong to
+    marks = fingerprints(settings, config, {**corpus.fingerprints, **base})
     if kept:
         agree(kept, marks, allowed, lambda text: print(f"note: {text}", file=sys.stderr))
     return corpus, config, learner, kept, marks
 
 
-def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corpus, Config, Learner]:
-    """The data, and a learner before its first step; or only the shapes of what it learns."""
-    base = load(settings.init_from, "float32") if settings.init_from else None
+def prepared(folder: Path, settings: Settings, mesh: Mesh | None, shapes_alone: bool) -> tuple[Corpus, Config, Learner]:
+    """The data, and a learner before its first step, made where it is to lie; or the shapes of a model to train."""
+    base = load(settings.init_from, "float32", mesh) if settings.init_from else None
     named = settings.tokenizer
     if named and named not in ("chars", "bpe"):  # which are yet to be learned
         tokenizer = load_tokenizer(named)
@@ -196,31 +196,29 @@ def prepared(folder: Path, settings: Settings, shapes_alone: bool) -> tuple[Corp
     config = base.config if base else new_config(settings, corpus.vocab)
     check("vocab", corpus.vocab, corpus.vocab <= config.vocab, f"at most {config.vocab}, the model's", "data")
     check("lora", settings.lora, (settings.lora or 1) <= config.dim, f"at most the width, {config.dim}")
-    check_memory(16 * count(config), "config")  # parameters, gradients, and two moments
-    rng, params = jax.random.key(settings.seed), stacked(base.params) if base else None
+    check_memory(16 * share(config, mesh), "config")  # parameters, gradients, and two moments
 
-    def begin(rng: Key[Array, ""]) -> Learner:
+    def begin(rng: Key[Array, ""], base: Params | None) -> Learner:
+        params = stacked(base) if base else None
         if params is None or not settings.lora:
             return beginner(None, params or new_params(rng, config, (settings.init_std or STD) / STD))
         names = settings.lora_targets.split(",")
         return beginner(params, new_adapters(rng, cast(Block, params.blocks), settings.lora, names))
 
-    if not shapes_alone:
-        return corpus, config, begin(rng)
-    return corpus, config, jax.eval_shape(begin, rng)._replace(base=params if settings.lora else None)
+    given = jax.random.key(settings.seed), base.params if base else None
+    shapes = jax.eval_shape(begin, *given)
+    if shapes_alone and not settings.lora:
+        return corpus, config, shapes
+    begin = jax.jit(begin, out_shardings=places(shapes, config, mesh)) if mesh else begin
+    return corpus, config, begin(*given)
 
 
-def base_fingerprint(learner: Learner) -> dict[str, str]:
-    """The SHA-256 of the parameters that adapters belong to."""
-    return {} if learner.base is None else {"base": digest_of(learner.base)}
-
-
-def digest_of(arrays: Any) -> str:
-    """The SHA-256 of arrays."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(arrays):
-        digest.update(np.ascontiguousarray(leaf).data)
-    return digest.hexdigest()
+def base_digest(path: str | None) -> str:
+    """The SHA-256 of the parameters that a run begins with, if it begins with a checkpoint's."""
+    if path is None:
+        return ""
+    with checkpoint(path) as found:
+        return found.digest()
 
 
 # ---- The course of a run ---------------------------------------------------------------------------------------------

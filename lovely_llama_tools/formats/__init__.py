@@ -1,5 +1,6 @@
 """Checkpoint formats, one module each: a file or a folder in, a `Checkpoint` out. Here is what they share."""
 
+import hashlib
 import math
 import mmap
 import os
@@ -8,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -77,9 +78,8 @@ class Checkpoint(NamedTuple):
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else self.dtype())
         check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
         kind, names = np.dtype(DTYPES[dtype]), all_tensors(self.layout, self.config)
-        places = jax.tree.leaves(shardings(self.config, mesh, False)) if mesh else [None] * len(names)
-        place_of = dict(zip(names, places, strict=True))
-        check_memory(kind.itemsize * (share(self.config, mesh) if mesh else count(self.config)), self.file)
+        places = dict(zip(names, jax.tree.leaves(shardings(self.config, mesh, False)), strict=True)) if mesh else {}
+        check_memory(kind.itemsize * share(self.config, mesh), self.file)
         # Pages of memory are provided when they are first written, which takes as long as copying: threads share it.
         bar = progress(f"loading {self.file.name}", len(names))
         with bar as advance, ThreadPoolExecutor(THREADS) as threads:
@@ -87,16 +87,27 @@ class Checkpoint(NamedTuple):
             def put(name: str, array: Float[np.ndarray, "..."]) -> Array:
                 advance(1)
                 copy = owned(array, kind, name, self.file, allow_nonfinite)
-                return jax.device_put(cast(Any, copy), place_of[name]) if mesh else jnp.asarray(copy, kind)
+                if not mesh:
+                    return jnp.asarray(copy, kind)
+                return jax.make_array_from_callback(copy.shape, places[name], lambda at: copy[at])
 
             return Model(self.config, from_named(self.layout, self.get, self.config, put, threads.map), self.tokenizer)
 
+    def digest(self) -> str:
+        """The SHA-256 of the parameters in float32, in the layout in which they are stored."""
+        digest = hashlib.sha256()
+        for name in all_tensors(self.layout, self.config):
+            digest.update(np.ascontiguousarray(widened(self.get(name))).data)
+        return digest.hexdigest()
 
-def share(config: Config, mesh: Mesh) -> int:
-    """The number of parameters that a device holds; on CPUs, which share their memory, that all of them do."""
+
+def share(config: Config, mesh: Mesh | None) -> int:
+    """The number of parameters that a device holds; on CPUs, which share their memory, that a process's own hold."""
+    if not mesh:
+        return count(config)
     leaves = zip(jax.tree.leaves(shapes(config)), jax.tree.leaves(shardings(config, mesh, False)), strict=True)
     held = sum(math.prod(place.shard_shape(leaf.shape)) for leaf, place in leaves)
-    return held * (mesh.size if jax.default_backend() == "cpu" else 1)
+    return held * (mesh.local_mesh.size if jax.default_backend() == "cpu" else 1)
 
 
 def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

@@ -287,7 +287,7 @@ CASES: dict[str, Case] = {
         {
             "options": unlike("beta1", f"DATA {MODEL} {COURSE}", "", "--beta1 0.8"),
             "data": unlike("data", f"{MODEL} {COURSE}", "DATA", "ELSE"),
-            "weights": unlike("weights", f"DATA {COURSE}", "--init-from MODEL1", "--init-from MODEL2", end=Unlike),
+            "weights": unlike("weights", f"DATA {COURSE}", "--init-from MODEL1", "--init-from MODEL2"),
             "code": unlike("code", f"DATA {MODEL} {COURSE}", before=OTHER_CODE),
         },
         trains,

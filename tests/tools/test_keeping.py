@@ -71,7 +71,9 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+train(text, "MODEL COURSE --steps 2 --out", folder / "one")
 train(text, "MODEL COURSE MESH --out", whole)
+same(load(folder / "one" / "step-0").params, load(whole / "step-0").params)
 out["losses"] = {}
 for devices, sizes in ((8, "data=2,fsdp=2,tensor=2"), (4, "fsdp=2,tensor=2"), (2, "tensor=2"), (1, "data=1")):
     run = copied(f"on{devices}")
@@ -154,7 +156,7 @@ def found(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, A
 def test_resumed_on_as_many_devices_and_on_fewer(found: Any) -> None:
     """On as many the same bits, as was seen in the process; on fewer the losses of the unbroken run, but for rounding.
 
-    So it is with a run that changes the format in between.
+    So it is with a run that changes the format in between. A new model has the bits that it has on one device.
     """
     folder, out, _ = found
     want = [row["train_loss"] for row in rows(folder / "whole")]
