@@ -1,5 +1,6 @@
 """Settings for all tests: shape checks and strict promotion; and recordings of llama2.c as a fixture."""
 
+import gc
 import importlib.util
 import platform
 import random
@@ -22,6 +23,8 @@ from builders import LLAMA2_C, RECORDED, Recording, load_recording  # noqa: E402
 from machine import processor  # noqa: E402
 
 LIVE = [f"live_{i}" for i in range(4)]
+
+gc.set_threshold(50_000)  # from 700: the packages hold millions of objects, which every full collection would visit
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,8 +51,16 @@ def no_type_checks() -> Iterator[None]:
 
 
 @pytest.fixture
-def fewer_optimisations() -> Iterator[None]:
+def all_optimisations() -> None:
+    """Compile as for users, in a module that otherwise compiles in less time."""
+
+
+@pytest.fixture
+def fewer_optimisations(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile in less time, also single operations, for programs that are run only once or twice."""
+    if "all_optimisations" in request.fixturenames:
+        yield
+        return
     compiler: Any = importlib.import_module("jax._src.compiler")
     options = compiler.get_compile_options
 

@@ -33,6 +33,7 @@ from lovely_llama_tools.formats import Model
 from lovely_llama_tools.formats.gguf import config_fields
 from lovely_llama_tools.formats.gguf_header import KINDS
 
+pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 EMBED = "token_embd.weight"
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ AutoTokenizer: Any = transformers.AutoTokenizer
 GenerationConfig: Any = transformers.GenerationConfig
 LlamaConfig: Any = transformers.LlamaConfig
 LlamaForCausalLM: Any = transformers.LlamaForCausalLM
+pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENS = 80  # positions at which rotary layouts that are mixed up show
 

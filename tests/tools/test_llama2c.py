@@ -27,6 +27,7 @@ from lovely_llama_tools.formats import Model
 from lovely_llama_tools.formats.llama2c import to_llama2c
 from lovely_llama_tools.tokens import folder_tokenizer
 
+pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 CONFIG = Config(80, 64, 2, 4, 2, 8, 128, 32, 1e-5, 1e4, None, True)
 NAMES, VERSIONS = ("tied", "untied"), (0, 1, 2)
 

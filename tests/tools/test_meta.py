@@ -20,6 +20,7 @@ from lovely_llama_tools.files import checkpoint, load
 from lovely_llama_tools.formats.llama2c import to_llama2c
 from lovely_llama_tools.formats.meta import make_config, read_params
 
+pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 FORWARD = jit(logits, static_argnums=2)
 TOKENS = np.random.default_rng(0).integers(META.vocab, size=70)
 
