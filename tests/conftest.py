@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import platform
 import random
 from collections.abc import Iterator
@@ -29,9 +30,11 @@ gc.set_threshold(50_000)  # from 700: the packages hold millions of objects, whi
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep compiled programs out of the user's cache."""
+    """Keep compiled programs out of the user's cache, in one that all workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield
 
 
