@@ -47,9 +47,20 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture
 def no_type_checks() -> Iterator[None]:
-    """Run as users do, without the import hook's checks: what these would refuse must be refused without them."""
+    """Run as users do, without the import hook's checks: what these would refuse must be refused without them.
+
+    Functions within functions would be decorated at every call of the outer one.
+    """
+    decorator = jaxtyping.jaxtyped
+
+    def outermost(**more: Any) -> Any:
+        decorate = decorator(**more)
+        return lambda function: function if "<locals>" in function.__qualname__ else decorate(function)
+
     jaxtyping.config.update("jaxtyping_disable", True)
+    jaxtyping.jaxtyped = outermost
     yield
+    jaxtyping.jaxtyped = decorator
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
