@@ -102,8 +102,9 @@ def test_top_k_keeps_k_and_breaks_ties_by_id(logits: list[float], k: int) -> Non
 @given(some_logits, st.floats(1e-6, 1))
 @example(steep, 0.5)
 @example([math.log(0.95), *[math.log(0.05 / 6)] * 6], 0.9)
+@example([37.0, *[0.0] * 3, *[-INF] * 3], 1.0)  # whose first three have a sum of 1 in float64
 def test_top_p_keeps_the_smallest_set(logits: list[float], p: float) -> None:
-    fewer, more = smallest_set(logits, p - 1e-6), smallest_set(logits, min(p + 1e-6, 1))
+    fewer, more = smallest_set(logits, p - 1e-6), smallest_set(logits, p + 1e-6)
     got = top_p(array(logits), p)
     kept = [i for i, x in enumerate(np.asarray(got)) if x > -INF]
     assert {i for i in fewer if logits[i] > -INF} <= set(kept) <= set(more)
