@@ -302,9 +302,9 @@ def evaluated(run: Run, learner: Learner, state: State, row: dict[str, Any]) -> 
         state, row = state._replace(**best), {**row, "val_loss": loss}
     run.book.step(row)
     if run.settings.sample:
-        whole = gathered(learner)
+        params = gathered(merged(learner.base, learner.trained, run.recipe.scale))
         if index() == 0:
-            run.book.sample(state.step, sample(run, whole))
+            run.book.sample(state.step, sample(run, params))
     run.book.draw()
     return state
 
@@ -321,9 +321,9 @@ def validation_loss(run: Run, learner: Learner, split: Split) -> float:
     return total / max(targets, 1)
 
 
-def sample(run: Run, learner: Learner) -> str:
+def sample(run: Run, params: Params) -> str:
     """A text of the model's: after BOS, or a newline, or token 0."""
-    params, tokenizer = merged(learner.base, learner.trained, run.recipe.scale), run.keeper.tokenizer
+    tokenizer = run.keeper.tokenizer
     model = Model(run.config, jax.device_put(unstacked(params)), tokenizer)
     start = tokenizer.begin("") if tokenizer else []
     newlines = [i for i, piece in enumerate(tokenizer.pieces) if piece == b"\n"] if tokenizer else []
