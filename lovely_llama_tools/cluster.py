@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -188,11 +188,17 @@ def agree_on(marks_of: Callable[[], Mapping[str, Any]]) -> None:
         all_marks = [json.loads(store.blocking_key_value_get(f"{prefix}/{i}", wait)) for i in range(processes())]
         store.key_value_set(f"{prefix}/verdict", json.dumps(difference(all_marks)))
     verdict = json.loads(store.blocking_key_value_get(f"{prefix}/verdict", wait))
-    if verdict and index() and PARENT not in os.environ:
+    if not verdict:
+        return
+    with suppress(jax.errors.JaxRuntimeError):  # process 0 has the store, and leaves when all have read this in it
+        if index():
+            store.key_value_set(f"{prefix}/read by {index()}", "")
+        for i in range(1, processes()) if index() == 0 else ():
+            store.blocking_key_value_get(f"{prefix}/read by {i}", START * 1000)
+    if index() and PARENT not in os.environ:
         end(2)  # a scheduler would show the line once for each process
-    if verdict:
-        process, key, got, expected = verdict
-        raise LlamaError(f"process {process}", key, got, f"{expected}, as process 0 has")
+    process, key, got, expected = verdict
+    raise LlamaError(f"process {process}", key, got, f"{expected}, as process 0 has")
 
 
 def difference(marks: list[dict[str, Any]]) -> list[Any] | None:
