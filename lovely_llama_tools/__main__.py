@@ -4,6 +4,7 @@ Until signals are taken care of, nothing is imported that takes time.
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -48,6 +49,17 @@ def leave_on_interrupt() -> None:
         os._exit(128 + number)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def start_enough_threads() -> None:
+    """Where a CPU is divided into several devices, have XLA start four threads for each.
+
+    By itself it starts one. A thread that waits for what other devices send is blocked, and a program may wait for
+    several things at once: there would be none left to compute what all are waiting for.
+    """
+    devices = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if devices and int(devices[1]) > 1:
+        os.environ.setdefault("NPROC", str(max(4 * int(devices[1]), os.cpu_count() or 1)))
 
 
 def keep_programs(folder: Path) -> None:
@@ -111,6 +123,7 @@ def keep_programs(folder: Path) -> None:
 def run() -> int:
     """The command line, as a program of its own."""
     leave_on_interrupt()
+    start_enough_threads()
     from .cluster import leave
     from .commands import main
 

@@ -198,6 +198,20 @@ def test_commands_run_on_a_mesh(found: Any) -> None:
     assert scored["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
 
 
+def test_a_real_model_runs_on_more_devices_than_there_are_cores(tmp_path: Path) -> None:
+    """Its programs wait for several sums at once, on each of three devices, for which XLA's own threads do not do."""
+    (tmp_path / "lines").write_text("The sky is\nOnce upon a time, in a small town\n")
+    arguments = ["generate", "--prompts", str(tmp_path / "lines"), "--temperature", "0", "--max-new", "3", "--quiet"]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    said = list[str]()
+    for more in ([], ["--mesh", "tensor=3"]):
+        command = [sys.executable, "-m", "lovely_llama_tools", *arguments, *more]
+        done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1] != ""
+
+
 def test_what_a_mesh_does_not_divide_is_refused(found: Any) -> None:
     """By the name of the axis; and a mesh of fewer devices than there are."""
     (heads, devices), line = found["refused"], r"error: \S+: {}: got {}, expected [^\n]+\n"
