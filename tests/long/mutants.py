@@ -26,9 +26,9 @@ TOOLS = (
     "tokens/base", "tokens/characters", "tokens/converting", "tokens/folders", "tokens/gguf_fields", "tokens/pieces",
     "tokens/pipelines", "tokens/ranks", "tokens/training",
     "formats/__init__", "formats/gguf", "formats/gguf_header", "formats/gguf_rope", "formats/hugging_face",
-    "formats/hugging_face_config", "formats/llama2c", "formats/meta", "formats/pth", "formats/safetensors",
-    "hub", "files", "generate", "chat", "inspect", "interrupts", "journal", "learn", "runs", "settings", "train",
-    "chips", "compiling", "estimates", "hlo", "plan",
+    "formats/hugging_face_config", "formats/llama2c", "formats/meta", "formats/orbax", "formats/pth",
+    "formats/safetensors", "hub", "files", "generate", "chat", "inspect", "interrupts", "journal", "keeping", "learn",
+    "runs", "settings", "train", "chips", "compiling", "estimates", "hlo", "plan",
 )  # fmt: skip
 
 
@@ -169,6 +169,7 @@ TESTS = {
     "layout": [f"tests/tools/test_{name}.py" for name in ("layout", "gguf")],
     **{key: ["tests/tools/test_gguf.py"] for key in ("formats/gguf_header", "formats/gguf_rope")},
     **{key: ["tests/tools/test_hugging_face.py"] for key in ("formats/hugging_face_config", "formats/safetensors")},
+    "formats/orbax": ["tests/tools/test_keeping.py"],
     "formats/pth": ["tests/tools/test_meta.py"],
     "hub": ["tests/tools/test_hugging_face.py"],
     **{key: ["tests/tools/test_plan.py"] for key in ("chips", "compiling", "estimates")},
