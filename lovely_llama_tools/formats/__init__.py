@@ -25,8 +25,8 @@ from ..mesh import shardings
 from ..tokens import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
-THREADS = 4  # tensors that are read at a time; more would need more memory
-PIECE = 2**18  # elements of a tensor that are copied and checked at a time, while they are in the cache
+THREADS = min(4, os.cpu_count() or 1)  # tensors that are read at a time; more would need more memory
+PIECE = 2**20  # elements of a tensor that are copied and checked at a time, while they are in the cache
 
 
 class Model(NamedTuple):
@@ -115,6 +115,13 @@ def widened(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return array.astype(np.float32, copy=False)
 
 
+def all_finite(array: Float[np.ndarray, " n"]) -> bool:
+    """Whether there is neither NaN nor ∞. Their bits, read as integers, are those of ∞ of the same sign, or larger."""
+    signed, unsigned = (array.view(f"{kind}{array.itemsize}") for kind in "iu")
+    limits = np.array([np.inf, -np.inf], array.dtype).view(unsigned.dtype)
+    return bool(signed.max() < limits[0] and unsigned.max() < limits[1])
+
+
 def owned(
     array: Float[np.ndarray, "..."], dtype: Any, name: str, file: object, allow_nonfinite: bool
 ) -> Float[np.ndarray, "..."]:
@@ -125,7 +132,7 @@ def owned(
         part = slice(begin, begin + PIECE)
         with np.errstate(over="ignore"):
             copy[part] = source[part]
-        good = good and (allow_nonfinite or bool(np.isfinite(widened(copy[part])).all()))
+        good = good and (allow_nonfinite or all_finite(copy[part]))
     check(name, f"NaN or ∞ in {dtype}", good, "finite numbers", file)
     return copy.reshape(array.shape)
 
