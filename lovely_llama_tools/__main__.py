@@ -44,7 +44,9 @@ def leave_on_interrupt() -> None:
                 return
         if terminal:
             termios.tcsetattr(0, termios.TCSANOW, terminal)
-        if number == signal.SIGINT:  # whose ^C a terminal shows
+        if number == signal.SIGINT:  # whose ^C a terminal shows; nothing that is still being written comes after
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             os.write(shown, b"\n")
         os._exit(128 + number)
 
