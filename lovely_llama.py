@@ -544,7 +544,7 @@ def loss(
         check("first", "a later token", not np.any(np.asarray(first) > np.arange(tokens.shape[-1])), "no later one")
         for ids, what in ((tokens, "arguments"), (np.maximum(targets, 0), "targets")):
             check_tokens(ids.ravel(), config.vocab, ids.size, what)
-    if (mesh := jax.sharding.get_abstract_mesh()).explicit_axes:  # XLA's choice within, as with automatic axes
+    if (mesh := jax.sharding.get_abstract_mesh()).explicit_axes:  # XLA decides inside, as on automatic axes
         automatic = jax.sharding.auto_axes(out_sharding=PartitionSpec())
         return automatic(lambda p, x, y, z: loss(p, x, y, config, keep, dtype, z))(params, tokens, targets, first)
     params = jax.tree.map(lambda w: w.astype(dtype or w.dtype), params)

@@ -190,11 +190,12 @@ def agree_on(marks_of: Callable[[], Mapping[str, Any]]) -> None:
     verdict = json.loads(store.blocking_key_value_get(f"{prefix}/verdict", wait))
     if not verdict:
         return
-    with suppress(jax.errors.JaxRuntimeError):  # process 0 has the store, and leaves when all have read this in it
+    with suppress(jax.errors.JaxRuntimeError):  # process 0 holds the store, and so must be the last to leave
         if index():
             store.key_value_set(f"{prefix}/read by {index()}", "")
-        for i in range(1, processes()) if index() == 0 else ():
-            store.blocking_key_value_get(f"{prefix}/read by {i}", START * 1000)
+        else:
+            for i in range(1, processes()):
+                store.blocking_key_value_get(f"{prefix}/read by {i}", START * 1000)
     if index() and PARENT not in os.environ:
         end(2)  # a scheduler would show the line once for each process
     process, key, got, expected = verdict

@@ -148,7 +148,7 @@ def compiled(task: Task, part: Slice, sizes: dict[str, int], debug: bool) -> dic
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, **ABSENT}
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "lovely_llama_tools.compiling", json.dumps(request)], text=True,
-        env=os.environ | environment, stdin=subprocess.PIPE,  # which the compiler ends with
+        env=os.environ | environment, stdin=subprocess.PIPE,  # when it closes, the compiler ends
         stdout=subprocess.PIPE, stderr=None if debug else subprocess.DEVNULL,
     ) as process:  # fmt: skip
         assert process.stdout
