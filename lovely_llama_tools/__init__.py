@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch_generate import generate_all as generate_all
     from .chat import chat_prompt as chat_prompt
+    from .comparing.properties import check_cache as check_cache
+    from .comparing.properties import check_causality as check_causality
+    from .comparing.properties import check_heads as check_heads
+    from .comparing.properties import check_logits as check_logits
+    from .comparing.properties import check_rotation as check_rotation
+    from .comparing.properties import check_rows as check_rows
     from .files import default_model as default_model
     from .files import load as load
     from .files import save as save
@@ -31,6 +37,9 @@ if TYPE_CHECKING:
 WHERE = {
     "batch_generate": ["generate_all"],
     "chat": ["chat_prompt"],
+    "comparing.properties": [
+        "check_cache", "check_causality", "check_heads", "check_logits", "check_rotation", "check_rows",
+    ],
     "files": ["default_model", "load", "save"],
     "formats": ["Model"],
     "formats.hugging_face": ["from_hf", "to_hf"],
@@ -40,7 +49,7 @@ WHERE = {
     "harness": ["harness"],
     "scoring": ["perplexity"],
     "tokens": ["Tokenizer", "folder_tokenizer"],
-}
+}  # fmt: skip
 MODULES = {name: module for module, names in WHERE.items() for name in names}
 
 

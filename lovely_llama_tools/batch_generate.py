@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,17 +18,18 @@ from lovely_llama import (
     Config,
     LlamaError,
     Params,
+    Positions,
     Sampling,
-    block,
     check,
     check_params,
-    embed_tokens,
     is_whole,
+    positions,
     readout,
-    split,
 )
 
 from .caches import cache_sharding, everywhere, groups, new_cache, running
+from .devices.partition import split
+from .fast.layers import block, embed
 from .formats import Model, free_memory
 from .generate import Generation, Session, checked, program, prompt_tokens
 
@@ -54,33 +55,34 @@ def over() -> Any:
     return split(["batch"], jax.sharding.get_abstract_mesh().axis_names)[0]
 
 
-@program
+@partial(program, static_argnames="config")
 def rows_begin(
     params: Params, tokens: Int[Array, "batch 1"], starts: Int[Array, " batch"], config: Config
-) -> tuple[Float[Array, "batch 1 dim"], Float[Array, "batch 1 pairs"]]:
-    """`embed_tokens` of each row's token, which stands at a position of its own."""
-    return vmap(lambda tokens, start: embed_tokens(params, tokens, start, config), spmd_axis_name=over())(
-        tokens, starts
-    )
+) -> tuple[Float[Array, "batch 1 dim"], Positions]:
+    """The layers' input for each row's token, and its position, one for each row."""
+
+    def row(tokens: Int[Array, " 1"], start: Int[Array, ""]) -> tuple[Array, Positions]:
+        return embed(params, tokens), positions(start, 1, config)
+
+    return vmap(row, spmd_axis_name=over())(tokens, starts)
 
 
-@partial(program, donate_argnames=("x", "cache"))
+@partial(program, static_argnames="eps", donate_argnames=("x", "cache"))
 def rows_layer(
-    w: Block, x: Float[Array, "batch 1 dim"], angles: Float[Array, "batch 1 pairs"], cache: Cache,
-    starts: Int[Array, " batch"], config: Config,
-) -> tuple[Float[Array, "batch 1 dim"], Cache]:  # fmt: skip
+    w: Block, x: Float[Array, "batch 1 dim"], cache: Cache, where: Positions, eps: float
+) -> tuple[Float[Array, "batch 1 dim"], Cache]:
     """`block` for every row. They share its weights: products with vectors become products with a matrix."""
 
-    def row(x: Array, angles: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
-        return block(w, x, angles, cache, start, config)
+    def row(x: Array, cache: Cache, where: Positions) -> tuple[Array, Cache]:
+        return block(w, x, cache, where, eps)
 
-    return vmap(row, spmd_axis_name=over())(x, angles, cache, starts)
+    return vmap(row, spmd_axis_name=over())(x, cache, where)
 
 
-@program
-def rows_end(params: Params, x: Float[Array, "batch 1 dim"], config: Config) -> Float[Array, "batch vocab"]:
+@partial(program, static_argnames="eps")
+def rows_end(params: Params, x: Float[Array, "batch 1 dim"], eps: float) -> Float[Array, "batch vocab"]:
     """`readout` of each row's token."""
-    return vmap(lambda x: readout(params, x[0], config))(x)
+    return vmap(lambda x: readout(params, x[0], eps))(x)
 
 
 def at(array: Float[Array, "*shape"], place: NamedSharding | None) -> Float[Array, "*shape"]:
@@ -171,12 +173,12 @@ class Batch:
             said = row.generation.tokens
             tokens[slot], starts[slot] = said[-1], len(row.generation.prompt) + len(said) - 1
         self.reserve(int(starts.max()) + 1)
-        ends, layers, place = params._replace(blocks=()), list(self.cache), everywhere(params, starts)
+        ends, layers = params._replace(blocks=()), list(self.cache)
         with running(params):
-            x, angles = rows_begin(ends, everywhere(params, tokens), place, config)
-            for i, w in enumerate(cast(tuple[Block, ...], params.blocks)):
-                x, layers[i] = rows_layer(w, x, angles, layers[i], place, config)
-            self.cache, logits = tuple(layers), rows_end(ends, x, config)
+            x, where = rows_begin(ends, everywhere(params, tokens), everywhere(params, starts), config)
+            for i, w in enumerate(params.blocks):
+                x, layers[i] = rows_layer(w, x, layers[i], where, config.eps)
+            self.cache, logits = tuple(layers), rows_end(ends, x, config.eps)
         for slot, row in active:
             row.logits = logits[slot]
 

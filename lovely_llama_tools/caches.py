@@ -10,7 +10,9 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from lovely_llama import RULES, Block, Cache, Config, Params, empty_cache, split
+from lovely_llama import Cache, Config, Params, empty_cache
+
+from .devices.partition import RULES, split
 
 
 def mesh_of(params: Params) -> Mesh | None:
@@ -40,7 +42,7 @@ def everywhere(params: Params, numbers: Int[Array | np.ndarray, "*shape"]) -> In
 
 def cache_sharding(params: Params, rows: bool) -> NamedSharding | None:
     """Keys and values lie where the matrices are that make them; the rows of a batch are split over `groups`."""
-    mesh, made = mesh_of(params), cast(tuple[Block, ...], params.blocks)[0].attn.k.sharding
+    mesh, made = mesh_of(params), params.blocks[0].attn.k.sharding
     if mesh is None:
         return None
     batch = split(["batch"], mesh.axis_names) if rows else ()

@@ -21,11 +21,13 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from lovely_llama import Cache, Caches, Config, LlamaError, Params, RopeScaling, check, llama, moments, shapes, stack
+from lovely_llama import Cache, Config, LlamaError, Params, RopeScaling, check, moments, shapes
 
 from .chips import Slice, links, parse_chips
 from .estimates import Task
 from .extras import extra
+from .fast import llama
+from .fast.layers import Caches, stacked_shapes
 from .formats import DTYPES
 from .hlo import Program, read_program
 from .learn import Recipe, step
@@ -74,12 +76,6 @@ def placed(tree: Any, where: Any, dtype: Any = None) -> Any:
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
 
     return jax.tree.map(leaf, tree, where)
-
-
-def stacked_shapes(config: Config) -> Params:
-    """Every parameter's shape, layers stacked."""
-    whole = shapes(config)
-    return whole._replace(blocks=jax.eval_shape(stack, whole.blocks))
 
 
 def training(task: Task, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -15,23 +15,23 @@ from jaxtyping import Array, Float, Int
 
 from lovely_llama import (
     Cache,
-    Caches,
     Config,
     LlamaError,
     Params,
+    Positions,
     Sampling,
-    block,
     check,
     check_params,
+    check_sampling,
     check_tokens,
-    choose,
-    embed_tokens,
-    fold_layers,
     is_whole,
+    positions,
     readout,
 )
 
 from .caches import everywhere, new_cache, running
+from .fast import choose
+from .fast.layers import Caches, block, embed, fold_layers
 from .formats import Model
 from .tokens import Tokenizer, check_text
 
@@ -41,16 +41,24 @@ WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 PREFILL = (512, 256, 64)  # prompts are read in pieces of these lengths, each compiled once; the last piece is padded
 
 # One program serves all layers: it is compiled, kept and loaded once, however deep the model.
-program = partial(jax.jit, static_argnames="config", compiler_options=WIDE_VECTORS)
-read_tokens, read_layer = program(embed_tokens), program(block, donate_argnames=("x", "cache"))
+program = partial(jax.jit, compiler_options=WIDE_VECTORS)
+read_layer = program(block, static_argnames="eps", donate_argnames=("x", "cache"))
 
 
-@program
+@partial(program, static_argnames="config")
+def read_tokens(
+    params: Params, tokens: Int[Array | np.ndarray, " seq"], start: Int[Array, ""], config: Config
+) -> tuple[Float[Array, "seq dim"], Positions]:
+    """The layers' input, and what they need to know of its positions."""
+    return embed(params, tokens), positions(start, len(tokens), config)
+
+
+@partial(program, static_argnames="eps")
 def read_out(
-    params: Params, x: Float[Array, "seq dim"], last: Int[Array | np.ndarray, ""], config: Config
+    params: Params, x: Float[Array, "seq dim"], last: Int[Array | np.ndarray, ""], eps: float
 ) -> Float[Array, " vocab"]:
     """`readout` of one of several tokens."""
-    return readout(params, x[last], config)
+    return readout(params, x[last], eps)
 
 
 def read(
@@ -64,9 +72,9 @@ def read(
     """
     # Passing arrays to a program takes time: no layers go to programs that need none, and start is converted once.
     ends, start = params._replace(blocks=()), everywhere(params, start)
-    x, angles = read_tokens(ends, tokens, start, config)
-    x, cache = fold_layers(lambda x, w, cache: read_layer(w, x, angles, cache, start, config), x, params.blocks, cache)
-    return read_out(ends, x, last, config), cache
+    x, where = read_tokens(ends, tokens, start, config)
+    x, cache = fold_layers(lambda x, w, cache: read_layer(w, x, cache, where, config.eps), x, params.blocks, cache)
+    return read_out(ends, x, last, config.eps), cache
 
 
 @partial(jax.jit, static_argnames="room")
@@ -164,8 +172,8 @@ class Session:
             (old,) = new_cache(params, replace(config, layers=1), room)
             cache = Cache(widen(old.keys, following), widen(old.values, following))
             zero = everywhere(params, np.array(0, np.int32))
-            x, angles = read_tokens(params._replace(blocks=()), np.zeros(1, np.int32), zero, config)
-            read_layer(cast(Any, params.blocks)[0], x, angles, cache, zero, config)
+            x, where = read_tokens(params._replace(blocks=()), np.zeros(1, np.int32), zero, config)
+            read_layer(params.blocks[0], x, cache, where, config.eps)
 
 
 @runtime_checkable
@@ -278,7 +286,7 @@ def checked(
     if model.tokenizer is None and stop:
         raise LlamaError("model", "tokenizer", "none", "no stop texts")
     sampling = sampling or model.sampling or Sampling()
-    sampling.check(config.vocab)
+    check_sampling(sampling, config.vocab)
     max_new = config.ctx if max_new is None else max_new
     enough = is_whole(max_new) and 0 <= max_new <= config.ctx
     check("max_new", repr(max_new), enough, f"a whole number from 0 to {config.ctx}")

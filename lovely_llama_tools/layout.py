@@ -10,7 +10,6 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float
 
 from lovely_llama import (
-    Block,
     Config,
     Params,
     RopeScaling,
@@ -21,6 +20,8 @@ from lovely_llama import (
     is_whole,
     shapes,
 )
+
+from .fast.layers import is_stacked, shapes_in_tuple
 
 
 class Layout(NamedTuple):
@@ -115,9 +116,9 @@ def from_arrays(layout: Layout, arrays: Mapping[str, Any], config: Config) -> Pa
 
 def to_named(layout: Layout, params: Params, config: Config) -> Callable[[str], Float[np.ndarray, "..."]]:
     """What gives each tensor by its name in a file, made when asked for: the inverse of `from_named`."""
-    check_params(params, config)
+    check_params(shapes_in_tuple(params, config), config)
     paths = {tensor(layout, path, leaf.shape)[0]: path for path, leaf in jax.tree.leaves_with_path(shapes(config))}
-    wanted, stacked = all_tensors(layout, config), isinstance(params.blocks, Block)
+    wanted, stacked = all_tensors(layout, config), is_stacked(params)
 
     def get(name: str) -> Float[np.ndarray, "..."]:
         node: Any = params

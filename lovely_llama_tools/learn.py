@@ -1,7 +1,6 @@
 """One step of training as one compiled program: of a whole model, or of adapters on one; and both by name in files."""
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -13,23 +12,23 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Key
 
 from lovely_llama import (
+    GAINS,
     Adapter,
     Block,
     Config,
     Moments,
     Params,
-    accumulate,
     adamw,
     adapt,
     check_tensors,
     clip,
     init,
-    loss,
     moments,
-    specs,
-    stack,
 )
 
+from .devices.partition import specs
+from .fast import accumulate, loss
+from .fast.layers import is_stacked, stack
 from .formats import DTYPES
 from .layout import HUGGING_FACE, all_tensors, from_named, to_arrays
 
@@ -79,7 +78,7 @@ def loss_of(base: Params | None, trained: Any, rows: tuple[Array, ...], recipe: 
     """The loss of a batch: tokens, targets and, where rows are packed, where each token's document begins."""
     tokens, targets, *first = rows
     params = merged(base, trained, recipe.scale)
-    return loss(params, tokens, targets, recipe.config, recipe.remat, DTYPES[recipe.dtype], *first)
+    return loss(params, tokens, targets, recipe.config, *first, keep=recipe.remat, dtype=DTYPES[recipe.dtype])
 
 
 @partial(jax.jit, static_argnames="recipe")
@@ -131,7 +130,7 @@ def in_place(tree: Any, config: Config) -> Any:
 
 def stacked(params: Params) -> Params:
     """The parameters with their layers on an axis, each in memory of its own, which a step may take over."""
-    blocks = params.blocks if isinstance(params.blocks, Block) else stack(params.blocks)
+    blocks = params.blocks if is_stacked(params) else stack(params.blocks)
     return jax.tree.map(jnp.array, params._replace(blocks=blocks))
 
 
@@ -139,13 +138,7 @@ def stacked(params: Params) -> Params:
 def new_params(rng: Key[Array, ""], config: Config, scale: float = 1.0) -> Params:
     """Parameters to train from, matrices scaled, in one program: value by value it would take longer."""
     new = stacked(init(rng, config))
-    return jax.tree.map_with_path(lambda path, w: w if "norm" in path[-1].name else scale * w, new)
-
-
-def unstacked(params: Params) -> Params:
-    """The same parameters with their layers in a tuple."""
-    layers = range(len(cast(Block, params.blocks).attn_norm))
-    return params._replace(blocks=tuple(jax.tree.map(operator.itemgetter(i), params.blocks) for i in layers))
+    return jax.tree.map_with_path(lambda path, w: w if path[-1].name in GAINS else scale * w, new)
 
 
 def new_adapters(rng: Key[Array, ""], blocks: Block, rank: int, names: Sequence[str]) -> Any:

@@ -1,6 +1,6 @@
 """Attention maps: the weight that each head gives each token, and their picture, a grid of layers × heads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from textwrap import shorten
@@ -18,15 +18,18 @@ from lovely_llama import (
     Cache,
     Config,
     Params,
+    Positions,
     attention,
     block,
     check_tokens,
-    embed_tokens,
+    embed,
     empty_cache,
+    positions,
     rms_norm,
 )
 
 from .extras import extra
+from .fast.layers import in_tuple
 from .figures import INK, legible, new_figure
 
 LONGEST = 256  # tokens of a text whose maps can still be told apart
@@ -38,38 +41,31 @@ def attention_weights(
 ) -> list[Float[np.ndarray, "kv_heads q_per_kv seq seq"]]:
     """The weights with which each token, in the row, attends to each, in the column: of every head, layer by layer."""
     ids = check_tokens(tokens, config.vocab, config.ctx)
-    x, angles = embed_tokens(params, ids, 0, config)
+    x = embed(params, ids)
+    where = positions(0, len(ids), config)
     (cache,) = empty_cache(replace(config, layers=1), len(ids), params.embed.dtype)
-    layers = [*unstacked(params.blocks)] if isinstance(params.blocks, Block) else params.blocks
     found = list[Float[np.ndarray, "kv_heads q_per_kv seq seq"]]()
-    for w in layers:
-        weights, x = observe(w, x, angles, cache, config)
+    for w in in_tuple(params).blocks:
+        weights, x = observe(w, x, cache, where, config)
         found.append(np.asarray(weights, np.float32))
     return found
 
 
-def unstacked(blocks: Block) -> Iterator[Block]:
-    """The layers of one stacked Block."""
-    leaves, tree = jax.tree.flatten(blocks)
-    return (tree.unflatten(layer) for layer in zip(*leaves, strict=True))
-
-
 @partial(jax.jit, static_argnames="config")
 def observe(
-    w: Block, x: Float[Array, "seq dim"], angles: Float[Array, "seq pairs"], cache: Cache, config: Config
+    w: Block, x: Float[Array, "seq dim"], cache: Cache, where: Positions, config: Config
 ) -> tuple[Float[Array, "kv_heads q_per_kv seq seq"], Float[Array, "seq dim"]]:
     """A layer's attention weights, and its output."""
     normed = vmap(lambda x: rms_norm(x, w.attn_norm, config.eps))(x)
     seq, width = len(x), config.head_dim
-    parts = [probe(w.attn, normed, angles, cache, first, config) for first in range(0, seq, width)]
-    return jnp.concatenate(parts, axis=-1)[..., :seq], block(w, x, angles, cache, 0, config)[0]
+    parts = [probe(w.attn, normed, cache, where, begin, config) for begin in range(0, seq, width)]
+    return jnp.concatenate(parts, axis=-1)[..., :seq], block(w, x, cache, where, config.eps)[0]
 
 
 def probe(
-    w: Attention, x: Float[Array, "seq dim"], angles: Float[Array, "seq pairs"], cache: Cache, first: int,
-    config: Config,
-) -> Float[Array, "kv_heads q_per_kv seq head_dim"]:  # fmt: skip
-    """The weights on head_dim tokens from `first` on, by `attention` itself.
+    w: Attention, x: Float[Array, "seq dim"], cache: Cache, where: Positions, begin: int, config: Config
+) -> Float[Array, "kv_heads q_per_kv seq head_dim"]:
+    """The weights on head_dim tokens from `begin` on, by `attention` itself.
 
         softmax(q Kᵀ / √d) V  with  V = I
 
@@ -81,13 +77,13 @@ def probe(
     def widened(matrix: Float[Array, "*rows dim"]) -> Float[Array, "*rows width"]:
         return jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, width - dim)])
 
-    unit = jnp.eye(seq, config.head_dim, -first, dtype=x.dtype)
+    unit = jnp.eye(seq, config.head_dim, -begin, dtype=x.dtype)
     value = jnp.eye(config.head_dim, width, dim, dtype=x.dtype)
     out = jnp.eye(width, heads * config.head_dim, dtype=x.dtype)
     values = jnp.broadcast_to(value, (config.kv_heads, *value.shape))
     unmixed = out.reshape(width, config.kv_heads, config.q_per_kv, config.head_dim)
     own = Attention(widened(w.q), widened(w.k), values, unmixed)
-    y, _ = attention(own, widened(x).at[:, dim : dim + config.head_dim].set(unit), angles, cache, 0, config)
+    y, _ = attention(own, widened(x).at[:, dim : dim + config.head_dim].set(unit), cache, where)
     weights = y[:, : heads * config.head_dim].reshape(seq, config.kv_heads, config.q_per_kv, config.head_dim)
     return jnp.moveaxis(weights, 0, 2)
 

@@ -10,7 +10,10 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from lovely_llama import Block, Config, Params, check, specs, split
+from lovely_llama import Config, Params, check
+
+from .devices.partition import specs, split
+from .fast.layers import is_stacked
 
 AXES = ("data", "fsdp", "tensor", "seq")
 HELP = (
@@ -59,7 +62,7 @@ def places(tree: Any, config: Config, mesh: Mesh | None) -> Any:
 
     def of(node: Any) -> Any:
         if isinstance(node, Params) and mesh:
-            return shardings(config, mesh, isinstance(node.blocks, Block))
+            return shardings(config, mesh, is_stacked(node))
         return NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.devices()[0])
 
     return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, Params) and mesh is not None)

@@ -12,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lovely_llama import CONFIGS, KEEP, Config, LlamaError, check, specs
+from lovely_llama import CONFIGS, Config, LlamaError, check
 
 from .chips import Slice, parse_chips
+from .devices.partition import specs
 from .estimates import Share, Task, computed_flops, meshes, model_flops, seconds
 from .extras import progress
+from .fast.layers import KEEP
 from .files import checkpoint
 from .formats import DTYPES
 from .mesh import HELP, check_rows, check_seq, parse_mesh

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,17 +15,18 @@ from lovely_llama import (
     Config,
     LlamaError,
     Params,
-    block,
+    Positions,
     check,
     check_tokens,
-    embed_tokens,
+    float32_or_wider,
     is_whole,
+    positions,
     readout,
-    wide,
 )
 
 from .caches import everywhere, new_cache, running
 from .extras import progress
+from .fast.layers import block, embed
 from .formats import Model
 from .tokens import check_text
 
@@ -69,7 +70,7 @@ def surprise(
     """−log softmax(logits)ₜ of each target t, and whether it is the likeliest; the logits of a piece at a time."""
 
     def token(x: Float[Array, " dim"], target: Int[Array, ""]) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-        scores = wide(readout(params, x, config))
+        scores = float32_or_wider(readout(params, x, config.eps))
         return jax.nn.logsumexp(scores) - scores[target], jnp.argmax(scores) == target
 
     def piece(carry: None, both: tuple[Array, Array]) -> tuple[None, Any]:
@@ -79,8 +80,15 @@ def surprise(
     return nats.ravel(), likeliest.ravel()
 
 
-layer = jax.jit(block, static_argnames="config")
-read = jax.jit(embed_tokens, static_argnames="config")
+def begin(
+    params: Params, tokens: Int[Array | np.ndarray, " seq"], start: Int[Array, ""], config: Config
+) -> tuple[Float[Array, "seq dim"], Positions]:
+    """The layers' input, and what they need to know of its positions."""
+    return embed(params, tokens), positions(start, len(tokens), config)
+
+
+layer = jax.jit(block, static_argnames="eps")
+read = jax.jit(begin, static_argnames="config")
 score = jax.jit(surprise, static_argnames="config")
 
 
@@ -93,12 +101,12 @@ def scores(model: Model, tokens: Sequence[int], targets: Sequence[int]) -> Score
     while size < count:
         size *= 2
     padded, wanted = (np.array([*ids, *[0] * (size - count)], np.int32) for ids in (tokens, targets))
-    ends, zero, layers = params._replace(blocks=()), everywhere(params, np.array(0, np.int32)), cast(Any, params.blocks)
+    ends, zero = params._replace(blocks=()), everywhere(params, np.array(0, np.int32))
     with running(params):
         (cache,) = new_cache(params, replace(config, layers=1), size)
-        x, angles = read(ends, padded, zero, config)
-        for w in layers:
-            x, _ = layer(w, x, angles, cache, zero, config)
+        x, where = read(ends, padded, zero, config)
+        for w in params.blocks:
+            x, _ = layer(w, x, cache, where, config.eps)
         nats, likeliest = (np.asarray(array)[:count] for array in score(ends, x, jnp.asarray(wanted), config))
     if not np.isfinite(nats).all():
         raise FloatingPointError("model: logits: got NaN or ∞, expected numbers")

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lovely_llama import CONFIGS, KEEP, Config, __version__, check, check_config
+from lovely_llama import CONFIGS, Config, __version__, check, check_config
 
 from .cluster import processes, several
+from .fast.layers import KEEP
 from .formats import DTYPES
 from .learn import MATRICES, Recipe
 from .mesh import HELP, check_rows, make_mesh, parse_mesh

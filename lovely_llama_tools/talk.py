@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from lovely_llama import SAMPLERS, LlamaError, Sampling, check
+from lovely_llama import LIMITS, LlamaError, Sampling, check
 
 from .batch_generate import BATCH, generate_all
 from .chat import chat_prompt, recent
@@ -26,6 +26,13 @@ from .interrupts import ending
 from .options import add_command, add_mesh, chosen_mesh, ids, number, whole
 from .tokens import check_text
 
+SAMPLERS = {
+    "repetition_penalty": "divide the logits of tokens seen before by X",
+    "temperature": "divide the logits by X; 0 always takes the most likely token",
+    "top_k": "keep the N most likely tokens",
+    "top_p": "keep the most likely tokens whose probabilities sum to X",
+    "min_p": "keep tokens at least X times as likely as the most likely one",
+}
 HELP = "/bye or Ctrl-D ends the conversation, Ctrl-C an answer, /help shows this"
 
 
@@ -39,11 +46,10 @@ def add(commands: Any) -> None:
         option("--model", metavar="MODEL", help="a file, a folder, or a name on Hugging Face's hub (default: SmolLM2)")
         option("--dtype", choices=DTYPES, help="of the parameters (default: float32 on a CPU, else as stored)")
         option("--max-new", type=whole, metavar="N", help="at most N new tokens (default: up to the context's end)")
-        for sampler, about in SAMPLERS.items():
-            default = getattr(Sampling(), sampler)
+        for sampler, default in Sampling()._asdict().items():
             shown = "" if default is None else f" (default: the model's own, or {default})"
-            flag, kind = f"--{sampler.replace('_', '-')}", whole if about.most is None else number
-            option(flag, type=kind, metavar="N" if kind is whole else "X", help=about.says + shown)
+            flag, kind = f"--{sampler.replace('_', '-')}", whole if LIMITS[sampler][2] is None else number
+            option(flag, type=kind, metavar="N" if kind is whole else "X", help=SAMPLERS[sampler] + shown)
         option("--seed", type=whole, metavar="N", help="the same text every time (default: a new seed)")
         option("--stop", action="append", metavar="TEXT", help="end before TEXT; may be given more than once")
         if name == "chat":
@@ -126,7 +132,7 @@ def talk(args: argparse.Namespace) -> None:
     """The commands `chat` and `generate`."""
     for field in ("prompt", "system"):
         check_text(field, getattr(args, field, None) or "")
-    chosen = {name: getattr(args, name) for name in SAMPLERS if getattr(args, name) is not None}
+    chosen = {name: getattr(args, name) for name in Sampling._fields if getattr(args, name) is not None}
     if args.command == "generate":
         given, alone = args.prompts is not None, args.batch is None and not args.json
         check("PROMPT", "none", given or args.prompt is not None, "a text, or --prompts FILE")

@@ -17,12 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
-from lovely_llama import Block, Config, Params, check, learning_rate
+from lovely_llama import Config, Params, check, learning_rate
 
 from .children import again, watched
 from .cluster import agree_on, code, gathered, in_turn, index, joined, largest, own_rows, several, spread
 from .data import Batch, Corpus, Split, ahead, prepare
 from .extras import extra
+from .fast.layers import in_tuple
 from .files import checkpoint, load, load_tokenizer
 from .formats import Model, check_memory, share
 from .formats.orbax import is_orbax
@@ -40,7 +41,6 @@ from .learn import (
     new_params,
     stacked,
     step,
-    unstacked,
 )
 from .mesh import batch_sharding, check_seq, places
 from .options import add_command
@@ -203,7 +203,7 @@ def prepared(folder: Path, settings: Settings, mesh: Mesh | None, shapes_alone: 
         if params is None or not settings.lora:
             return beginner(None, params or new_params(rng, config, (settings.init_std or STD) / STD))
         names = settings.lora_targets.split(",")
-        return beginner(params, new_adapters(rng, cast(Block, params.blocks), settings.lora, names))
+        return beginner(params, new_adapters(rng, cast(Any, params.blocks), settings.lora, names))
 
     given = jax.random.key(settings.seed), base.params if base else None
     shapes = jax.eval_shape(begin, *given)
@@ -324,7 +324,7 @@ def validation_loss(run: Run, learner: Learner, split: Split) -> float:
 def sample(run: Run, params: Params) -> str:
     """A text of the model's: after BOS, or a newline, or token 0."""
     tokenizer = run.keeper.tokenizer
-    model = Model(run.config, jax.device_put(unstacked(params)), tokenizer)
+    model = Model(run.config, jax.device_put(in_tuple(params)), tokenizer)
     start = tokenizer.begin("") if tokenizer else []
     newlines = [i for i, piece in enumerate(tokenizer.pieces) if piece == b"\n"] if tokenizer else []
     room = min(run.settings.sample, run.config.ctx - 1)

@@ -53,7 +53,9 @@ def test_a_failing_program_fails_the_script(dev: ModuleType, tmp_path: Path, nam
 
 
 def test_the_readmes_environment_is_made_by_its_pip_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, and anew when these lines, the requirements or the modules change: nothing of the old one remains."""
+    """Once, and anew when these lines or the requirements change, so that nothing of the old one remains.
+
+    Where only modules change, their copies are replaced."""
     dev, ran = load_dev(), list[list[str]]()
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     monkeypatch.setattr(dev, "README", tmp_path / ".venv" / "readme")
@@ -71,7 +73,7 @@ def test_the_readmes_environment_is_made_by_its_pip_lines(tmp_path: Path, monkey
     readme, package = tmp_path / "README.md", tmp_path / "lovely_llama_tools"
     package.mkdir()
     (tmp_path / "build").mkdir()
-    for name in ("requirements.txt", "pyproject.toml"):
+    for name in ("requirements.txt", "pyproject.toml", "lovely_llama.py"):
         (tmp_path / name).touch()
     readme.write_text("Say `pip install x`, or\n```sh\npip install '.[chat]'\npip install --no-deps a==1\n```\n")
     steps = [[".[chat]", "-c", "requirements.txt"], ["--no-deps", "a==1", "-c", "requirements.txt"]]
@@ -88,8 +90,11 @@ def test_the_readmes_environment_is_made_by_its_pip_lines(tmp_path: Path, monkey
     readme.write_text(readme.read_text().replace("a==1", "a==2"))
     assert again() == [steps[0], ["--no-deps", "a==2", "-c", "requirements.txt"]]
     assert not (dev.README / "left").exists()
-    for name in ("requirements.txt", "pyproject.toml", "lovely_llama_tools/new.py"):
+    for name in ("requirements.txt", "pyproject.toml"):
         (tmp_path / name).write_text("1")
-        assert again() and not again()
+        assert len(again()) == 2 and not again()
+    for name in ("lovely_llama.py", "lovely_llama_tools/new.py"):
+        (tmp_path / name).write_text("1")
+        assert again() == [["--no-deps", "--force-reinstall", "."]] and not again()
     readme.write_text(readme.read_text().replace("a==2", "a==1"))
     assert again() == steps

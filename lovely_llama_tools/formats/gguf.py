@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Float
 
-from lovely_llama import Config, Sampling, check, check_tensors
+from lovely_llama import Config, Sampling, check, check_sampling, check_tensors
 
 from ..extras import extra, progress
 from ..layout import GGUF, all_tensors, to_named
@@ -129,8 +129,7 @@ def gguf_sampling(fields: Fields, vocab: int) -> Sampling | None:
         if name in stated
     }
     sampling = Sampling(**values)
-    with blamed_on(fields.path):
-        sampling.check(vocab)
+    check_sampling(sampling, vocab, fields.path)
     return sampling
 
 

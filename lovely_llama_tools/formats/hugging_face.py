@@ -12,11 +12,11 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from jaxtyping import Float
 
-from lovely_llama import Config, Params, Sampling, check, check_tensors, is_number, is_whole
+from lovely_llama import Config, Params, Sampling, check, check_sampling, check_tensors, is_number, is_whole
 
 from ..layout import HUGGING_FACE, NAMES, all_tensors, from_arrays, to_arrays, to_named
 from ..tokens import Tokenizer, folder_tokenizer, tokenizer_files
-from . import Checkpoint, Model, Tensor, blamed_on, narrowed, open_file
+from . import Checkpoint, Model, Tensor, narrowed, open_file
 from .hugging_face_config import config_to_hf, read_config, read_fields
 from .safetensors import KINDS, Place, read_tensor, scan_safetensors, write_safetensors
 
@@ -154,8 +154,7 @@ def read_sampling(fields: Mapping[str, Any], vocab: int, file: object) -> Sampli
         stated["top_k"] = min(stated["top_k"], vocab)
     stated = {name: None if is_number(value) and value == OFF[name] else value for name, value in stated.items()}
     sampling = Sampling(**stated)
-    with blamed_on(file):
-        sampling.check(vocab)
+    check_sampling(sampling, vocab, file)
     return sampling if draws is not False else Sampling(sampling.repetition_penalty, 0, None, None, None)
 
 

@@ -8,7 +8,6 @@ test_docs.py fails if the table there is out of date.
 
 import argparse
 import textwrap
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,33 +78,32 @@ def ours(given: Given) -> dict[str, Array]:
 def functions(given: Given) -> dict[str, Array]:
     x, q = given.x, given.q
     w: Any = given.params.blocks[0]
-    positions, angles, cache = places(x.dtype)
+    where, cache = places(x.dtype)
     return {
         "rms_norm": vmap(lambda x: ll.rms_norm(x, w.attn_norm, CONFIG.eps))(x),
-        "rope": vmap(ll.rope)(q, angles),
+        "rope": vmap(ll.rope)(q, where.angles),
         "softmax": vmap(ll.softmax)(given.scores),
-        "attend": vmap(lambda q, position: ll.attend(q, given.keys, given.values, position))(q, positions),
+        "attend": vmap(lambda q, last: ll.attend(q, given.keys, given.values, last))(q, jnp.arange(SEQ)),
         "silu": vmap(ll.silu)(x),
         "swiglu": vmap(lambda x: ll.swiglu(x, *w.ffn))(x),
-        "attention": ll.attention(w.attn, x, angles, cache, 0, CONFIG)[0],
+        "attention": ll.attention(w.attn, x, cache, where)[0],
     }
 
 
 @jax.jit  # separate, so that it is compiled once for all layers
 def block(w: ll.Block, x: Array) -> Array:
-    _, angles, cache = places(x.dtype)
-    return ll.block(w, x, angles, cache, 0, CONFIG)[0]
+    where, cache = places(x.dtype)
+    return ll.block(w, x, cache, where, CONFIG.eps)[0]
 
 
 @jax.jit
 def readout(params: ll.Params, x: Array) -> Array:
-    return vmap(lambda x: ll.readout(params, x, CONFIG))(x)
+    return vmap(lambda x: ll.readout(params, x, CONFIG.eps))(x)
 
 
-def places(dtype: Any) -> tuple[Array, Array, ll.Cache]:
-    """The positions, their rotary angles, and an empty cache."""
-    positions = jnp.arange(SEQ)
-    return positions, vmap(partial(ll.rope_angles, config=CONFIG))(positions), ll.empty_cache(CONFIG, SEQ, dtype)[0]
+def places(dtype: Any) -> tuple[ll.Positions, ll.Cache]:
+    """The positions, and an empty cache."""
+    return ll.positions(0, SEQ, CONFIG), ll.empty_cache(CONFIG, SEQ, dtype)[0]
 
 
 # ---- In transformers -------------------------------------------------------------------------------------------------

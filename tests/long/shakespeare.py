@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import curve
 import jax
@@ -29,10 +29,12 @@ from jaxtyping import Array, Float, Int
 from machine import processor
 
 import lovely_llama as ll
-from lovely_llama_tools import learn, settings, train
+from lovely_llama_tools import fast, learn, settings, train
 from lovely_llama_tools.commands import arguments
 from lovely_llama_tools.commands import main as lovely_llama
 from lovely_llama_tools.data import Corpus, prepare
+from lovely_llama_tools.fast.attention import attention as blockwise
+from lovely_llama_tools.fast.layers import in_tuple
 from lovely_llama_tools.plot import draw_losses
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -76,12 +78,12 @@ RUNGS = (
 def model(rung: int, params: ll.Params, tokens: Int[Array, " seq"], config: ll.Config) -> Float[Array, "seq vocab"]:
     """The logits of a part of a Llama. The feed-forward layer is ReLU's at first; every layer adds to its input."""
     if rung == 4:
-        return ll.logits(params, tokens, config)
-    (x, angles), w = ll.embed_tokens(params, tokens, 0, config), cast(ll.Block, params.blocks[0])
+        return fast.logits(params, tokens, config)
+    x, w = ll.embed(params, tokens), params.blocks[0]
     norm: Callable[..., Array] = partial(ll.rms_norm, eps=config.eps) if rung else lambda x, gain: x
     if rung >= 2:
         normed, cache = vmap(lambda x: norm(x, w.attn_norm))(x), ll.empty_cache(config, len(tokens), x.dtype)[0]
-        x = x + ll.attention(w.attn, normed, angles, cache, 0, config)[0]
+        x = x + blockwise(w.attn, normed, cache, ll.positions(0, len(tokens), config))[0]
     relu: Callable[..., Array] = lambda x, gate, up, down: down @ jnp.maximum(up @ x, 0)  # noqa: E731
     forward = ll.swiglu if rung >= 3 else relu
     x = x + vmap(lambda x: forward(norm(x, w.ffn_norm), *w.ffn))(x)
@@ -103,7 +105,7 @@ def climb(rung: int, corpus: Corpus) -> tuple[int, float, float]:
         used = jax.tree.map(lambda g: g.any(), gradients)
         return value, used, *ll.adamw(params, ll.clip(gradients, S.clip)[0], moments, rate, S.weight_decay, BETAS)
 
-    params = learn.unstacked(learn.new_params(jax.random.key(S.seed), config, SCALE))
+    params = in_tuple(learn.new_params(jax.random.key(S.seed), config, SCALE))
     moments, losses, used = ll.moments(params), list[float](), None
     for n in range(S.steps):
         batch = corpus.train.batch(S.seed, n, S.batch)
@@ -148,7 +150,7 @@ def steps_here(corpus: Corpus) -> Iterator[float]:
 def steps_in_torch(corpus: Corpus) -> Iterator[float]:
     """The same in torch."""
     config = settings.new_config(S, corpus.vocab)
-    params = learn.unstacked(learn.new_params(jax.random.key(S.seed), config, SCALE))
+    params = in_tuple(learn.new_params(jax.random.key(S.seed), config, SCALE))
     batches = (corpus.train.batch(S.seed, n, S.batch)[:2] for n in range(S.steps))
     return curve.theirs(params, batches, map(rate, range(S.steps)), config, S.weight_decay, BETAS)
 

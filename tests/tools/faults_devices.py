@@ -13,9 +13,10 @@ from builders import TINY, random_params
 from faults import Accepted, Case, Done, TooLong, Unlike, Variant, World, ends, guarded, refused
 from training import rows
 
-from lovely_llama import Config, specs
+from lovely_llama import Config
 from lovely_llama_tools import children, launch
 from lovely_llama_tools.batches import Windows
+from lovely_llama_tools.devices.partition import specs
 from lovely_llama_tools.files import save
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.interrupts import PARENT

@@ -428,7 +428,9 @@ def poison(world: World, bad: tuple[int, ...], value: float) -> None:
     world.patch.setattr(
         learn,
         "loss",
-        lambda p, t, *more: loss(p, t, *more) * jnp.where((t[None] == batches).all((1, 2)).any(), value, 1.0),
+        lambda p, t, *more, **options: (
+            loss(p, t, *more, **options) * jnp.where((t[None] == batches).all((1, 2)).any(), value, 1.0)
+        ),
     )
     hasten(world.patch)
     both = ("trained", "moments")

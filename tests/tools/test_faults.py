@@ -25,8 +25,8 @@ from builders import write_talker
 from faults import PATIENCE, Accepted, Act, Case, Guard, TooLong, Unlike, World
 from removal import remove
 
-from lovely_llama import choose
 from lovely_llama_tools import talk
+from lovely_llama_tools.fast import choose
 from lovely_llama_tools.files import load
 from lovely_llama_tools.formats import Model
 
@@ -90,14 +90,15 @@ def forget_programs() -> None:
 
 @contextlib.contextmanager
 def without(world: World, guard: Guard) -> Generator[None]:
-    with world.patch.context() as patch:
-        world.patch, world.removed = patch, guard.removed
-        if guard.compiled:
-            forget_programs()
-        remove(guard.removed, functools.partial(patch.setattr, raising=False))
-        yield
-    if guard.compiled:
-        forget_programs()
+    forget = forget_programs if guard.compiled else lambda: None
+    try:
+        with world.patch.context() as patch:
+            world.patch, world.removed = patch, guard.removed
+            forget()
+            remove(guard.removed, functools.partial(patch.setattr, raising=False))
+            yield
+    finally:
+        forget()
 
 
 @pytest.mark.parametrize(("case", "name"), VARIANTS)

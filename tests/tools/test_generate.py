@@ -21,7 +21,9 @@ from jax import monitoring
 from jax import numpy as jnp
 from transformers import LlamaForCausalLM
 
-from lovely_llama import Config, LlamaError, Sampling, count, logits, stack
+from lovely_llama import Config, LlamaError, Sampling, count, logits
+from lovely_llama_tools import fast
+from lovely_llama_tools.fast.layers import stack
 from lovely_llama_tools.files import default_model, load
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.generate import Generation, Session, generate
@@ -438,7 +440,7 @@ def test_real_logits(smollm2: Model, smollm2_oracle: LlamaForCausalLM) -> None:
     with torch.no_grad():
         want = smollm2_oracle(torch.tensor(tokens[None])).logits[0].numpy()
     stacked = params._replace(blocks=stack(params.blocks))  # compiled once for the thirty layers
-    got = jax.jit(logits, static_argnames="config")(stacked, jnp.array(tokens), config)
+    got = jax.jit(fast.logits, static_argnames="config")(stacked, jnp.array(tokens), config)
     assert_close(got, want, 1e-4, "logits")
 
 

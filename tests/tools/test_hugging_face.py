@@ -16,10 +16,11 @@ import transformers
 from asserts import assert_close, jit
 from builders import CHATML, SMALL, layers_of, random_arrays, random_params, tokenizer_of, write_sentencepiece
 from safetensors.numpy import save_file
-from test_4_transformers import DRAWN, VALUES, our_config, random_oracle
+from test_3_transformers import DRAWN, VALUES, our_config, random_oracle
 
-from lovely_llama import CONFIGS, Config, LlamaError, Params, RopeScaling, Sampling, logits, stack
+from lovely_llama import CONFIGS, Config, LlamaError, Params, RopeScaling, Sampling, logits
 from lovely_llama_tools import Model, config_from_hf, config_to_hf, from_hf, load, save, to_hf
+from lovely_llama_tools.fast.layers import stack
 from lovely_llama_tools.files import checkpoint
 from lovely_llama_tools.formats import hugging_face
 from lovely_llama_tools.layout import HUGGING_FACE

@@ -12,7 +12,8 @@ import torch
 from asserts import assert_close
 from builders import SMALL, Arrays, layers_of, random_arrays, random_params
 
-from lovely_llama import LlamaError, Params, RopeScaling, stack
+from lovely_llama import LlamaError, Params, RopeScaling
+from lovely_llama_tools.fast.layers import stack
 from lovely_llama_tools.formats.hugging_face import from_hf, to_hf
 from lovely_llama_tools.formats.llama2c import from_llama2c, to_llama2c
 from lovely_llama_tools.layout import HUGGING_FACE, LLAMA2C, Layout, rope_scaling

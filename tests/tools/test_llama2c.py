@@ -21,7 +21,8 @@ from builders import (
 )
 from jax import numpy as jnp
 
-from lovely_llama import Config, LlamaError, RopeScaling, logits, stack
+from lovely_llama import Config, LlamaError, RopeScaling, logits
+from lovely_llama_tools.fast.layers import stack
 from lovely_llama_tools.files import checkpoint, load, save
 from lovely_llama_tools.formats import Model
 from lovely_llama_tools.formats.llama2c import to_llama2c

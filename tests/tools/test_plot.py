@@ -16,12 +16,13 @@ from builders import SMALL, TINY, layers_of, random_params, tiny_arrays, tiny_fi
 from jax import numpy as jnp
 from jax import vmap
 from matplotlib.image import imread
-from test_4_transformers import DRAWN, our_config, ours, random_oracle, rotary
+from test_3_transformers import DRAWN, our_config, ours, random_oracle, rotary
 
 import lovely_llama as ll
-from lovely_llama import LlamaError, stack
+from lovely_llama import LlamaError
 from lovely_llama_tools import to_hf
 from lovely_llama_tools.commands import main
+from lovely_llama_tools.fast.layers import stack
 from lovely_llama_tools.figures import write_figure
 from lovely_llama_tools.maps import attention_weights
 from lovely_llama_tools.plot import draw_losses
@@ -139,13 +140,13 @@ def test_attention_weights_times_values_are_attention() -> None:
     """Mixed by W_O, they give the output of the library's own `attention`."""
     params = random_params(SMALL)
     tokens = np.random.default_rng(1).integers(SMALL.vocab, size=23).astype(np.int32)
-    x, angles = ll.embed_tokens(params, tokens, 0, SMALL)
+    x, where = ll.embed(params, tokens), ll.positions(0, len(tokens), SMALL)
     (cache,) = ll.empty_cache(replace(SMALL, layers=1), 23, jnp.float32)
 
     @jit
     def layer(w: ll.Block, x: jax.Array) -> tuple[jax.Array, ll.Cache, jax.Array]:
         normed = vmap(partial(ll.rms_norm, gain=w.attn_norm, eps=SMALL.eps))(x)
-        return *ll.attention(w.attn, normed, angles, cache, 0, SMALL), ll.block(w, x, angles, cache, 0, SMALL)[0]
+        return *ll.attention(w.attn, normed, cache, where), ll.block(w, x, cache, where, SMALL.eps)[0]
 
     for w, weights in zip(layers_of(params), attention_weights(params, tokens, SMALL), strict=True):
         want, filled, x = layer(w, x)

@@ -1,11 +1,13 @@
-"""Part 1: invalid configs and tokens are refused, with the field named, before they are used."""
+"""Part 7: invalid configs and tokens are refused, with the field named, before they are used."""
 
 import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from builders import SMALL, layers_of, random_params
@@ -23,8 +25,10 @@ from lovely_llama import (
     check_tokens,
     count,
     logits,
-    stack,
+    loss,
 )
+from lovely_llama_tools import fast
+from lovely_llama_tools.fast.layers import stack
 
 
 def test_an_error_is_one_line_that_names_file_and_field() -> None:
@@ -108,21 +112,40 @@ WRONG: dict[str, tuple[Callable[[Params], Params], str]] = {
     "a layer too many": (lambda p: p._replace(blocks=layers_of(p) * 2), "tensors"),
     "a matrix transposed": (transposed, ".blocks[1].ffn.gate"),
     "no unembedding": (lambda p: p._replace(unembed=None), "tensors"),
-    "layers of another number stacked": (lambda p: p._replace(blocks=stack(layers_of(p) * 2)), ".blocks.attn_norm"),
+    "whole numbers": (lambda p: p._replace(norm=p.norm.astype(jnp.int32)), ".norm"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_parameters_of_another_config_are_refused(name: str) -> None:
-    """By the check, and by whatever takes parameters outside `jit`."""
+    """By the check, and by whatever takes parameters, inside `jit` too."""
     change, field = WRONG[name]
     params, tokens = random_params(SMALL), jnp.array([1, 2, 3])
     check_params(params, SMALL)
-    check_params(params._replace(blocks=stack(layers_of(params))), SMALL)
-    for refuse in (check_params, lambda params, config: logits(params, tokens, config)):
+    doors = [
+        check_params,
+        lambda params, config: logits(params, tokens, config),
+        lambda params, config: fast.logits(params, tokens, config),
+        jax.jit(partial(loss, tokens=tokens, targets=tokens), static_argnames="config"),
+    ]
+    for refuse in doors:
         with pytest.raises(LlamaError) as caught:
-            refuse(change(params), SMALL)
+            refuse(change(params), config=SMALL)
         assert (caught.value.file, caught.value.field) == ("params", field)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_stacked_layers_are_refused_in_a_line_that_says_who_takes_them(layers: int) -> None:
+    """The library's own doors refuse them; `fast` refuses another number of them."""
+    params, tokens = random_params(SMALL), jnp.array([1, 2, 3])
+    stacked = params._replace(blocks=stack(layers_of(params)[:layers]))
+    for refuse in (check_params, lambda params, config: logits(params, tokens, config)):
+        with pytest.raises(LlamaError, match=r"expected a tuple; lovely_llama_tools\.fast takes both") as caught:
+            refuse(stacked, SMALL)
+        assert (caught.value.file, caught.value.field) == ("params", "blocks")
+    if layers != SMALL.layers:
+        with pytest.raises(LlamaError, match="expected 2 layers"):
+            fast.logits(stacked, tokens, SMALL)
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------

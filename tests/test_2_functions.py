@@ -1,4 +1,4 @@
-"""Part 3: each function of one vector against llama2.c, float64 formulas and finite differences, and at edge cases."""
+"""Part 2: each function of one vector against llama2.c, float64 formulas and finite differences, and at edge cases."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lovely_llama import (
-    BLOCK,
     Config,
     RopeScaling,
     attend,
@@ -92,16 +91,14 @@ def plain_softmax(scores: Vector) -> Vector:
     return weights / weights.sum()
 
 
-def plain_attend(q: Vector, keys: Vector, values: Vector, position: int, first: int = 0) -> Vector:
-    seen = slice(first, position + 1)
+def plain_attend(q: Vector, keys: Vector, values: Vector, last: int, first: int = 0) -> Vector:
+    seen = slice(first, last + 1)
     return plain_softmax(keys[seen] @ q / math.sqrt(len(q))) @ values[seen]
 
 
-def plain_attend_gradient(
-    q: Vector, keys: Vector, values: Vector, position: int, cotangent: Vector
-) -> tuple[Vector, ...]:
+def plain_attend_gradient(q: Vector, keys: Vector, values: Vector, last: int, cotangent: Vector) -> tuple[Vector, ...]:
     """The gradient of ⟨cotangent, attend⟩ with respect to q, keys and values, in closed form."""
-    seen, scale = position + 1, 1 / math.sqrt(len(q))
+    seen, scale = last + 1, 1 / math.sqrt(len(q))
     weights = np.zeros(len(keys))
     weights[:seen] = plain_softmax(keys[:seen] @ q * scale)
     by_scores = weights * (values @ cotangent - cotangent @ (weights @ values))
@@ -127,7 +124,7 @@ FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[tuple[int
     "rms_norm": (partial(rms_norm, eps=0.01), partial(plain_rms_norm, eps=0.01), [(7,), (7,)]),
     "rope": (rope, plain_rope, [(10,), (5,)]),
     "softmax": (softmax, plain_softmax, [(9,)]),
-    "attend": (partial(attend, position=11), partial(plain_attend, position=11), [(4,), (13, 4), (13, 4)]),
+    "attend": (partial(attend, last=11), partial(plain_attend, last=11), [(4,), (13, 4), (13, 4)]),
     "silu": (silu, plain_silu, [(9,)]),
     "swiglu": (swiglu, plain_swiglu, [(7,), (5, 7), (5, 7), (7, 5)]),
 }
@@ -178,12 +175,12 @@ def test_values_and_gradients_are_finite_for_large_inputs(name: str) -> None:
         assert_finite(with_gradient(*(arg.astype(np.float32) for arg in args)))
 
 
-LONG, FAR = BLOCK + 30, np.array([-1e3, -1e2, -1, 0, 1, 1e2, 1e3])
+LONG, FAR = 286, np.array([-1e3, -1e2, -1, 0, 1, 1e2, 1e3])
 DERIVATIVES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "rms_norm": (partial(rms_norm, eps=0.01), [(7,), (7,)]),
     "rope": (rope, [(10,), (5,)]),
     "softmax": (lambda x: softmax(x + 1000), [(7,)]),  # the exponentials overflow float64
-    "attend": (partial(attend, position=LONG - 9), [(6,), (LONG, 6), (LONG, 6)]),
+    "attend": (partial(attend, last=LONG - 9), [(6,), (LONG, 6), (LONG, 6)]),
     "silu": (lambda x: silu(x + FAR), [(7,)]),
     "swiglu": (swiglu, [(5,), (7, 5), (7, 5), (5, 7)]),
 }
@@ -352,79 +349,35 @@ def test_silu_gradient_for_large_inputs() -> None:
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
 
-CTX = 2 * BLOCK + 90  # three blocks, the last one partial
-PLACES = {
-    CTX: [1, BLOCK - 1, BLOCK, BLOCK + 7, 2 * BLOCK - 1, 2 * BLOCK, CTX - 1],
-    2 * BLOCK: [2 * BLOCK - 1],
-    BLOCK - 7: [3, BLOCK - 8],
-    3: [1, 2],
-}
+CTX = 150
+SPANS = [(0, 0), (0, 1), (0, 63), (0, 64), (0, CTX - 1), (1, 90), (37, 90), (90, 90), (CTX - 1, CTX - 1)]
 
 
-@pytest.mark.parametrize("ctx", PLACES)
-def test_attend(ctx: int) -> None:
-    """Values match the formula with `filled` omitted, an int or an array; gradients too, where it is omitted."""
+@pytest.mark.parametrize(("first", "last"), SPANS)
+def test_attend(first: int, last: int) -> None:
+    """Value and gradients match the formula, over the keys at first … last; the others have no effect, bit for bit."""
 
     @jit
-    def with_gradient(position: jax.Array, cotangent: jax.Array, *args: jax.Array) -> tuple[jax.Array, Any]:
-        out, pull = jax.vjp(partial(attend, position=position), *args)
+    def with_gradient(last: jax.Array, first: jax.Array, cotangent: jax.Array, *args: jax.Array) -> Any:
+        out, pull = jax.vjp(partial(attend, last=last, first=first), *args)
         return out, pull(cotangent)
 
-    @jit
-    def traced(position: jax.Array, *args: jax.Array) -> jax.Array:
-        return attend(*args, position=position, filled=position + 1)
-
-    q, keys, values, cotangent = draw((6,), (ctx, 6), (ctx, 6), (6,))
-    q, keys, values, cotangent = (a.astype(np.float32) for a in (q, keys, values, cotangent))
-    exact = [a.astype(np.float64) for a in (q, keys, values)]
-    for position in PLACES[ctx]:
-        out, grads = with_gradient(position, cotangent, q, keys, values)
-        want = plain_attend(*exact, position=position)
-        assert_close(out, want, 1e-5, f"position {position}")
-        want_grads = plain_attend_gradient(*exact, position=position, cotangent=cotangent)
-        assert_close(grads, want_grads, 5e-5, f"gradient at {position}")
-
-        read = min(ctx, (position // BLOCK + 1) * BLOCK)  # the blocks beyond must not be read
-        unread = [jnp.array(q), *(jnp.array(rows).at[read:].set(jnp.nan) for rows in (keys, values))]
-        assert_close(traced(position, *unread), want, 1e-5, f"traced, filled to {position}")
-        if position in (BLOCK - 1, BLOCK, CTX - 1):  # each int is a constant, compiled separately
-            filled = partial(attend, position=position, filled=position + 1, size=BLOCK)
-            assert_close(filled(unread[0], unread[1], unread[2]), want, 1e-5, f"filled to {position}")
-            few = filled(unread[0], jnp.array(keys), jnp.array(values), size=37)
-            assert_close(few, want, 1e-5, f"37 keys at a time, filled to {position}")
-
-
-@pytest.mark.parametrize("first", [0, 1, 36, 37, 90])
-def test_attend_from_a_first_key(first: int) -> None:
-    """Up to two blocks of 37 hold no key that the query sees; value and gradient, which are those of the others."""
-    position, args = 90, draw((6,), (100, 6), (100, 6))
-    want = plain_attend(*args, position=position, first=first)
-
-    def head(*args: jax.Array) -> jax.Array:
-        return attend(*args, position=position, first=first, size=37)
-
-    def head_alone(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-        return attend(q, keys[first:], values[first:], position - first)
-
-    out, pull = jax.vjp(head, *(given := [jnp.array(arg, jnp.float32) for arg in args]))
-    alone, pull_alone = jax.vjp(head_alone, *given)
-    assert_close(out, want, 1e-5)
-    assert_close(alone, want, 1e-5)
-    assert_close(pull(jnp.ones(6)), pull_alone(jnp.ones(6)), 5e-5)
-    other = [given[0], *(rows.at[:first].set(9.0) for rows in given[1:])]
-    assert (jit(head)(*other) == jit(head)(*given)).all()
-
-
-def test_attend_is_causal() -> None:
-    attend_jit = jit(attend)
-    q, keys, values = (jnp.array(arg, jnp.float32) for arg in draw((6,), (CTX, 6), (CTX, 6)))
-    for position in (0, 3, BLOCK, CTX - 2):
-        out = attend_jit(q, keys, values, position)
-        later = jnp.where(jnp.arange(CTX)[:, None] > position, 9.0, 0.0)
-        assert (attend_jit(q, keys + later, values + later, position) == out).all()
-        now = jnp.where(jnp.arange(CTX)[:, None] == position, 9.0, 0.0)
-        assert (attend_jit(q, keys, values + now, position) != out).any()
-    assert_close(attend_jit(q, keys, values, 0), values[0], 1e-6)
+    q, keys, values, cotangent = (a.astype(np.float32) for a in draw((6,), (CTX, 6), (CTX, 6), (6,)))
+    visible = slice(first, last + 1)
+    exact = [np.asarray(a, np.float64) for a in (q, keys[visible], values[visible])]
+    out, grads = with_gradient(last, first, cotangent, q, keys, values)
+    assert_close(out, plain_attend(*exact, last=last - first), 1e-5)
+    by_q, *by_rows = plain_attend_gradient(*exact, last=last - first, cotangent=cotangent)
+    padded = [np.pad(rows, ((first, CTX - 1 - last), (0, 0))) for rows in by_rows]
+    if first == last:  # one key has the weight 1, whatever it is
+        assert max(abs(grads[0]).max(), abs(grads[1]).max()) < 1e-6
+        assert_close(grads[2], padded[1], 1e-6)
+    else:
+        assert_close(grads, (by_q, *padded), 5e-5)
+    hidden = np.ones((CTX, 1), np.float32)
+    hidden[visible] = 0
+    other = with_gradient(last, first, cotangent, q, keys + 9 * hidden, values - 9 * hidden)[0]
+    assert (np.asarray(other) == np.asarray(out)).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
@@ -434,6 +387,6 @@ def test_attend_with_large_scores(scale: float) -> None:
     q, keys = (scale * a for a in (q, keys))
     want = plain_attend(*(a.astype(np.float32).astype(np.float64) for a in (q, keys, values)), CTX - 1)
     args = [jnp.array(arg, jnp.float32) for arg in (q, keys, values)]
-    assert_close(attend(*args, position=CTX - 1), want, 1e-5)
+    assert_close(attend(*args, last=CTX - 1), want, 1e-5)
     even = attend(jnp.zeros(6), args[1], args[2], CTX - 1)
     assert_close(even, values.mean(axis=0), 1e-5)

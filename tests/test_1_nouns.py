@@ -1,4 +1,4 @@
-"""Part 2: the published configurations, and the shapes of parameters and caches."""
+"""Parts 1, 4 and 8: the published configurations, and the shapes of parameters and caches."""
 
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
@@ -22,8 +22,8 @@ from lovely_llama import (
     empty_cache,
     init,
     shapes,
-    stack,
 )
+from lovely_llama_tools.fast.layers import stack
 
 LLAMA_3_1, LLAMA_3_2 = RopeScaling("llama3", 8, 8192, 1, 4), RopeScaling("llama3", 32, 8192, 1, 4)
 

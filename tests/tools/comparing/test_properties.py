@@ -1,9 +1,10 @@
-"""Part 9: the properties hold for our model and transformers', and each check fails for a model that violates it."""
+"""The properties hold for our model and transformers', and each check fails for a model that violates it."""
 
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax import vmap
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lovely_llama as ll
+from lovely_llama_tools import check_cache, check_causality, check_heads, check_logits, check_rotation, check_rows
 
 pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, 7)
@@ -25,14 +27,6 @@ ROOM = len(TOKENS) + 4
 
 logits = jax.jit(ll.logits, static_argnums=2)
 llama = jax.jit(ll.llama, static_argnums=4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_blocks() -> Iterator[None]:
-    """Attention reads blocks of three keys, so that a few tokens span several blocks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ll, "BLOCK", 3)
-        yield
 
 
 class Ours(NamedTuple):
@@ -79,14 +73,14 @@ def with_heads(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.float64, 1e-13)])
 def test_ours(dtype: Any, bound: float, x64: None) -> None:
     ours = Ours(random_params(SMALL, dtype=dtype), dtype)
-    ll.check_causality(ours.model, TOKENS.tolist(), SMALL.vocab)
-    ll.check_cache(ours.step, ours.model, TOKENS.tolist(), bound)
-    ll.check_rows(ours.rows, ours.model, RAGGED, bound)
-    ll.check_heads(with_heads, ours.params, SMALL, TOKENS, bound)
+    check_causality(ours.model, TOKENS.tolist(), SMALL.vocab)
+    check_cache(ours.step, ours.model, TOKENS.tolist(), bound)
+    check_rows(ours.rows, ours.model, RAGGED, bound)
+    check_heads(with_heads, ours.params, SMALL, TOKENS, bound)
 
 
 def test_rotation() -> None:
-    ll.check_rotation(rotate, SMALL.head_dim, 1e-5)
+    check_rotation(rotate, SMALL.head_dim, 1e-5)
 
 
 @torch.no_grad()
@@ -106,17 +100,39 @@ def test_transformers() -> None:
         out = theirs(torch.tensor(tokens)[None], past_key_values=cache, use_cache=True)
         return out.logits[0], out.past_key_values
 
-    ll.check_causality(whole, TOKENS, 29)
-    ll.check_cache(cached, whole, TOKENS, 1e-5)
+    check_causality(whole, TOKENS, 29)
+    check_cache(cached, whole, TOKENS)
 
 
 # ---- Models that violate them ----------------------------------------------------------------------------------------
 
-causality = partial(ll.check_causality, tokens=TOKENS, vocab=SMALL.vocab)
-cache = partial(ll.check_cache, model=OURS.model, tokens=TOKENS, bound=1e-5)
-rows = partial(ll.check_rows, model=OURS.model, tokens=RAGGED, bound=1e-5)
-rotation = partial(ll.check_rotation, head_dim=SMALL.head_dim, bound=1e-5)
-heads = partial(ll.check_heads, params=OURS.params, config=SMALL, tokens=TOKENS, bound=1e-5)
+causality = partial(check_causality, tokens=TOKENS, vocab=SMALL.vocab)
+cache = partial(check_cache, model=OURS.model, tokens=TOKENS, bound=1e-5)
+rows = partial(check_rows, model=OURS.model, tokens=RAGGED, bound=1e-5)
+rotation = partial(check_rotation, head_dim=SMALL.head_dim, bound=1e-5)
+heads = partial(check_heads, params=OURS.params, config=SMALL, tokens=TOKENS, bound=1e-5)
+
+
+def with_eps(eps: float) -> Ours:
+    """Our model with another ε, as somebody's port may have."""
+    config = replace(SMALL, eps=eps)
+
+    class Port(Ours):
+        def model(self, tokens: Any) -> Any:
+            return logits(self.params, jnp.asarray(tokens), config)
+
+        def step(self, tokens: Any, cache: Any) -> tuple[Any, Any]:
+            seen, cache = cache or (0, ll.empty_cache(SMALL, ROOM, self.dtype))
+            out, cache = llama(self.params, jnp.asarray(tokens), cache, jnp.array(seen), config)
+            return out, (seen + len(tokens), cache)
+
+        def rows(self, tokens: Sequence[Any]) -> list[Any]:
+            return [self.model(row) for row in tokens]
+
+    return Port(OURS.params)
+
+
+WRONG_EPS = with_eps(1e-2)
 
 
 def late(tokens: Any, cache: Any) -> tuple[Any, Any]:
@@ -159,13 +175,21 @@ def uneven(params: ll.Params, config: ll.Config, tokens: Any) -> Any:
 # Each with the message that it must produce.
 BROKEN: dict[str, tuple[Callable[[], None], str]] = {
     "a token sees the next": (lambda: causality(lambda t: OURS.model(t)[::-1]), "logits before a change at 1: "),
+    "another eps, by its logits": (lambda: check_logits(WRONG_EPS.model, OURS.model, TOKENS), "logits: got a relative"),
+    "another eps, not a cache": (lambda: cache(WRONG_EPS.step), "logits of the whole in one step, before a cache"),
+    "another eps, not a batch": (lambda: rows(WRONG_EPS.rows), "the row of 4 in a batch of its own: got a relative"),
     "tokens are ignored": (lambda: causality(lambda t: OURS.model(TOKENS)), "logits at a change at 0: got the same"),
     "cache written late": (lambda: cache(late), "logits at 1 after a prefill of 1: got a relative error"),
-    "prefill cut short": (lambda: cache(lambda t, c: OURS.step(t[-1:], c)), "logits of a prefill of 2: got shape"),
+    "prefill cut short": (
+        lambda: cache(lambda t, c: OURS.step(t[-3:], c) if len(t) < 7 else OURS.step(t, c)), "a prefill of 4: got shape"
+    ),
     "rows in another order": (
         lambda: rows(lambda t: OURS.rows(t[::-1]), tokens=[TOKENS, TOKENS[::-1]]), "the row of 7: got a relative"
     ),
-    "rows padded on the left": (lambda: rows(lambda t: [OURS.model([0, *r])[1:] for r in t]), "the row of 4: got"),
+    "rows padded on the left": (
+        lambda: rows(lambda t: [OURS.model([*[0] * (max(map(len, t)) - len(r)), *r])[-len(r) :] for r in t]),
+        "logits of the row of 4: got",
+    ),
     "half the angle": (lambda: rotation(lambda x, m: rotate(x, m // 2)), "a product over distance 1 at 1: "),
     "addition in place of rotation": (lambda: rotation(lambda x, m: jnp.asarray(x) + m), "a norm at 77: "),
     "rotation that starts at position 1": (lambda: rotation(lambda x, m: rotate(x, m + 1)), "a vector rotated at 0: "),
@@ -186,6 +210,7 @@ def test_each_check_can_fail(name: str) -> None:
 
 def test_checks_fail_without_assertions_too() -> None:
     """`python -O` leaves out every assert statement."""
-    code = "import numpy as np, lovely_llama as ll; ll.check_causality(lambda t: np.eye(9)[t[::-1]], range(5), 9)"
+    code = "import numpy as np; from lovely_llama_tools import check_causality as check\n"
+    code += "check(lambda t: np.eye(9)[t[::-1]], range(5), 9)"
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "AssertionError: logits at a change at 0" in done.stderr

@@ -1,4 +1,4 @@
-"""Part 4: the whole model against transformers' LlamaForCausalLM, live, over random configs.
+"""Part 3: the whole model against transformers' LlamaForCausalLM, live, over random configs.
 
 Bounds are relative errors per leaf. Compared with float64, transformers is off by 5e-7 in values, 1e-6 in gradients.
 """
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from asserts import assert_close, jit
-from builders import layers_of
 from jax import numpy as jnp
 from jax import vmap
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,19 +134,12 @@ def ours(tensors: Mapping[str, torch.Tensor], config: ll.Config) -> ll.Params:
     return from_hf({name: tensor.detach().numpy() for name, tensor in tensors.items()}, config)
 
 
-def stacked(params: ll.Params) -> ll.Params:
-    return params._replace(blocks=ll.stack(layers_of(params)))
-
-
 # ---- Values and gradients --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_random_config(name: str) -> None:
-    """Logits, hidden states after every layer, the loss and all gradients match both of transformers' attentions.
-
-    The loss and its gradients are those of stacked layers, as in training.
-    """
+    """Logits, hidden states after every layer, the loss and all gradients match both of transformers' attentions."""
     case = DRAWN[name]
     model = random_oracle(case.hf, seed=len(name))
     config = our_config(model.config.to_dict())
@@ -162,15 +154,17 @@ def test_random_config(name: str) -> None:
     @jit
     def everything(params: ll.Params, tokens: jax.Array, targets: jax.Array) -> Any:
         def after(n: int, row: jax.Array) -> jax.Array:
-            cache = ll.empty_cache(config, case.seq, jnp.float32)[:n]
-            return ll.hidden_states(params._replace(blocks=params.blocks[:n]), row, cache, 0, config)[0]
+            x, where = ll.embed(params, row), ll.positions(0, case.seq, config)
+            for w, cache in zip(params.blocks[:n], ll.empty_cache(config, case.seq, jnp.float32), strict=False):
+                x, _ = ll.block(w, x, cache, where, config.eps)
+            return x
 
         def row(row: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
             *hidden, last = [after(n, row) for n in range(config.layers + 1)]
             normed = vmap(partial(ll.rms_norm, gain=params.norm, eps=config.eps))(last)
-            return vmap(lambda x: ll.readout(params, x, config))(last), [*hidden, normed]
+            return vmap(lambda x: ll.readout(params, x, config.eps))(last), [*hidden, normed]
 
-        return vmap(row)(tokens), jax.value_and_grad(ll.loss)(stacked(params), tokens, targets, config)
+        return vmap(row)(tokens), jax.value_and_grad(ll.loss)(params, tokens, targets, config)
 
     (logits, hidden), (loss, gradients) = everything(params, tokens.astype(np.int32), targets.astype(np.int32))
     for attention in ("eager", "sdpa"):
@@ -178,7 +172,7 @@ def test_random_config(name: str) -> None:
         model.zero_grad()
         out = model(torch.tensor(tokens), labels=torch.tensor(labels), output_hidden_states=True, use_cache=False)
         out.loss.backward()
-        wanted = stacked(ours({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, config))
+        wanted = ours({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, config)
         assert_close(hidden, [state.detach().numpy() for state in out.hidden_states], VALUES, f"{attention}: hidden")
         assert_close(logits, out.logits.detach().numpy(), VALUES, f"{attention}: logits")
         assert_close(loss, out.loss.detach().numpy(), LOSS, f"{attention}: loss")

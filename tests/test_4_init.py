@@ -1,4 +1,4 @@
-"""Part 5: the parameters that training starts from."""
+"""Part 4: the parameters that training starts from."""
 
 import math
 from dataclasses import replace

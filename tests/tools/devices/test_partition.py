@@ -1,4 +1,4 @@
-"""Part 8: a model sharded over devices computes the same as on one, and no device gathers more than it should."""
+"""A model sharded over devices computes the same as on one, and no device gathers more than it should."""
 
 import os
 import subprocess
@@ -11,7 +11,8 @@ from builders import layers_of
 from jax.sharding import PartitionSpec
 from soak import QUICK
 
-from lovely_llama import Config, LlamaError, shapes, specs
+from lovely_llama import Config, LlamaError, shapes
+from lovely_llama_tools.devices.partition import specs
 
 # Sizes differ from one another, and each is a multiple of 8 where a mesh may split it so.
 COMMON = """
@@ -24,7 +25,10 @@ import numpy as np
 from asserts import assert_close
 from builders import SMALL, random_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, set_mesh
-from lovely_llama import accumulate, adamw, clip, logits, loss, moments, specs
+import lovely_llama
+from lovely_llama import adamw, clip, moments
+from lovely_llama_tools.devices.partition import specs
+from lovely_llama_tools.fast import accumulate, logits, loss
 
 AXES = ("data", "fsdp", "tensor", "seq")
 config = replace(SMALL, vocab=40, dim=16, layers=2, kv_heads=4, q_per_kv=2, hidden_dim=24)
@@ -32,6 +36,7 @@ tokens = np.random.default_rng(0).integers(0, config.vocab, (8, 24), np.int32)
 targets = tokens[:, ::-1]
 same_loss = partial(jax.jit, static_argnames="config")(loss)
 gradients = partial(jax.jit, static_argnames="config")(jax.value_and_grad(loss))
+plain_gradients = partial(jax.jit, static_argnames="config")(jax.value_and_grad(lovely_llama.loss))
 
 def placed(config, sizes, explicit=False):
     mesh = jax.make_mesh(sizes, AXES, devices=jax.devices()[: prod(sizes)])  # its axes are explicit by default
@@ -48,7 +53,7 @@ def placed(config, sizes, explicit=False):
 GRADIENTS = """
 for heads, tied, meshes in {cases}:
     config = replace(config, kv_heads=heads, q_per_kv=8 // heads, tied=tied)
-    want = gradients(random_params(config), tokens, targets, config)
+    want = plain_gradients(random_params(config), tokens, targets, config)
     for sizes in meshes:
         mesh, params, rows = placed(config, sizes)
         with set_mesh(mesh):
@@ -110,7 +115,7 @@ print("all", *set(re.findall(r"\\w+\\[([\\d,]+)\\]", text)))
 
 def run(program: str, **values: object) -> list[str]:
     """What a program with eight devices prints."""
-    paths = os.pathsep.join(str(Path(__file__).parents[n]) for n in (0, 1))
+    paths = os.pathsep.join(str(Path(__file__).parents[n]) for n in (2, 3))
     flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
     environment = {"XLA_FLAGS": flags, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Part 6: the loss, against llama2.c, the formula in float64 and finite differences; the optimiser against torch's."""
+"""Part 5: the loss, against llama2.c, the formula in float64 and finite differences; the optimiser against torch's."""
 
 import importlib
 from dataclasses import replace
@@ -15,17 +15,15 @@ from builders import SMALL, Recording, layers_of, random_params
 from jax import numpy as jnp
 from jax.test_util import check_grads
 
-import lovely_llama
 from lovely_llama import (
-    KEEP,
     Adapter,
     Config,
     LlamaError,
     Params,
-    accumulate,
     adamw,
     adapt,
     clip,
+    cross_entropy,
     init,
     learning_rate,
     logits,
@@ -33,6 +31,8 @@ from lovely_llama import (
     moments,
     shapes,
 )
+from lovely_llama_tools import fast
+from lovely_llama_tools.fast.layers import stack
 from lovely_llama_tools.formats.llama2c import from_llama2c
 
 optax: Any = importlib.import_module("optax")  # which is partly untyped
@@ -106,28 +106,15 @@ def test_bad_batches_are_refused_outside_jit(tokens: Any, targets: Any, field: s
     assert caught.value.field == field
 
 
-def test_loss_is_at_least_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sides use the same bfloat16 logits, since two programs that compute them may round them differently."""
-    scores = jnp.array(4 * np.random.default_rng(0).standard_normal((SMALL.vocab, SMALL.vocab)), jnp.bfloat16)
-    monkeypatch.setattr(lovely_llama, "logits", lambda params, tokens, *_: scores[tokens])
-    got = loss(PARAMS, jnp.array(TOKENS), jnp.array(TARGETS), SMALL)
+def test_cross_entropy_is_at_least_float32() -> None:
+    """Of bfloat16 logits, to float32's accuracy."""
+    rng = np.random.default_rng(0)
+    scores = jnp.array(4 * rng.standard_normal((*TOKENS.shape, SMALL.vocab)), jnp.bfloat16)
+    got = cross_entropy(scores, jnp.array(TARGETS))
     assert got.dtype == jnp.float32
-    wide, counts = np.asarray(scores, np.float64)[TOKENS], TARGETS >= 0
-    surprises = np.logaddexp.reduce(wide, axis=-1) - np.take_along_axis(wide, TARGETS[..., None], -1)[..., 0]
-    assert_close(got, surprises[counts].mean(), 1e-6)
-
-
-def test_memory_is_linear_in_seq(all_optimisations: None) -> None:
-    """According to the compiler. When all attention scores were stored, twice the seq took 3.7 times the memory."""
-
-    def temporary(seq: int) -> int:
-        tokens = jax.ShapeDtypeStruct((seq,), jnp.int32)
-        lowered = jax.jit(jax.grad(partial(loss, config=SMALL))).lower(shapes(SMALL), tokens, tokens)
-        analysis = lowered.compile().memory_analysis()
-        assert analysis
-        return analysis.temp_size_in_bytes
-
-    assert temporary(4096) < 2.1 * temporary(2048)
+    exact, counts = np.asarray(scores, np.float64), TARGETS >= 0
+    chosen = np.take_along_axis(exact, np.maximum(TARGETS, 0)[..., None], -1)[..., 0]
+    assert_close(got, (np.logaddexp.reduce(exact, axis=-1) - chosen)[counts].mean(), 1e-6)
 
 
 def test_loss_with_large_logits() -> None:
@@ -145,50 +132,7 @@ def test_gradient_matches_finite_differences(x64: None) -> None:
     check_grads(loss_at, (params,), order=1, modes=["rev"], eps=1e-6, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_what_is_kept_changes_no_result(dtype: Any) -> None:
-    """But the memory: with "nothing" a layer keeps its input alone. Gradients have the dtype of the parameters."""
-    results = [
-        jit(jax.value_and_grad(partial(loss, config=SMALL, keep=keep, dtype=dtype)))(PARAMS, TOKENS, TARGETS)
-        for keep in KEEP
-    ]
-    assert_close(results[0], results[1], 1e-5 if dtype == jnp.float32 else 5e-2)
-    assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(np.float32)}
-    exact = loss_of(PARAMS, TOKENS, TARGETS)
-    assert (results[0][0] == exact) == (dtype == jnp.float32)
-    assert_close(results[0][0], exact, 1e-2)
-
-
-def test_keeping_nothing_takes_less_memory(all_optimisations: None) -> None:
-    """Of a layer, its input alone: seq × dim numbers, where its seven products have 12 times as many.
-
-    Layers are stacked, as those of deep models are. In a tuple, XLA may find on a CPU that it computes things twice.
-    """
-    config = Config(29, 64, 8, 1, 2, 32, 256, 256, 1e-5, 1e4, None, True)
-    like = shapes(config)
-    like = like._replace(blocks=jax.eval_shape(lovely_llama.stack, like.blocks))
-
-    def temporary(keep: str) -> int:
-        tokens = jax.ShapeDtypeStruct((256,), jnp.int32)
-        gradient = jax.jit(jax.grad(partial(loss, config=config, keep=keep)))
-        analysis = gradient.lower(like, tokens, tokens).compile().memory_analysis()
-        assert analysis
-        return analysis.temp_size_in_bytes
-
-    assert temporary("dots") - temporary("nothing") > 8 * 256 * 4 * 600
-
-
 # ---- The optimiser ---------------------------------------------------------------------------------------------------
-
-
-def test_micro_batches_equal_the_whole_batch() -> None:
-    """Rows have 4, 3 and 1 targets, so that the mean of the rows' means would be another number."""
-    objective = partial(loss, config=SMALL)
-    whole = jit(jax.value_and_grad(objective))(PARAMS, TOKENS, TARGETS)
-    all_parts = jit(partial(accumulate, objective))
-    assert_close(all_parts(PARAMS, TOKENS[:, None], TARGETS[:, None]), whole, 1e-5)
-    nothing = all_parts(PARAMS, TOKENS[:, None], np.full_like(TARGETS[:, None], -1))
-    assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
 
 
 LENGTHS = (6, 1, 6)  # of documents, side by side in a row
@@ -217,13 +161,6 @@ def test_packed_documents_do_not_see_each_other() -> None:
         solo.append(jax.tree.map(lambda x, n=length: (n - 1) * x, value_and_grad(PARAMS, tokens[own], targets[own])))
     mean = jax.tree.map(lambda *parts: sum(parts) / (sum(LENGTHS) - len(LENGTHS)), *solo)
     assert_close(together, mean, 5e-6)
-
-
-def test_packed_rows_accumulate() -> None:
-    objective = lambda params, tokens, targets, first: loss(params, tokens, targets, SMALL, first=first)  # noqa: E731
-    rows = [jnp.stack(pair) for pair in zip(packed(0), packed(1), strict=True)]
-    whole = jit(jax.value_and_grad(objective))(PARAMS, *(row[:, 0] for row in rows))
-    assert_close(jit(partial(accumulate, objective))(PARAMS, *rows), whole, 1e-5)
 
 
 def test_a_document_that_begins_after_its_token_is_refused() -> None:
@@ -290,7 +227,7 @@ def test_adamw_is_that_of_torch_and_optax() -> None:
 @pytest.mark.parametrize("stacked", [False, True])
 def test_decay_spares_gains_by_name(stacked: bool) -> None:
     """Stacked, a layer's gains are a matrix; they still do not decay."""
-    params = PARAMS._replace(blocks=lovely_llama.stack(layers_of(PARAMS))) if stacked else PARAMS
+    params = PARAMS._replace(blocks=stack(layers_of(PARAMS))) if stacked else PARAMS
     after, _ = adamw(params, jax.tree.map(jnp.zeros_like, params), moments(params), 0.5, 0.1)
     for (path, new), old in zip(jax.tree.leaves_with_path(after), jax.tree.leaves(params), strict=True):
         assert_close(new, old if "norm" in path[-1].name else 0.95 * old, 1e-6)
@@ -316,13 +253,13 @@ def test_a_run_of_llama2c_is_reproduced(recording: Recording, x64: None) -> None
     config, arrays, train = recording.config, recording.arrays, recording.train
     bound = 1e-2 if config.layers > 10 else 1e-4
     tokens, losses, rates = (arrays[f"train.{name}"] for name in ("tokens", "loss", "lr"))
-    gradient = jit(partial(accumulate, partial(loss, config=config)))
+    gradient = jit(partial(fast.accumulate, partial(fast.loss, config=config)))
     shrink, update = jit(partial(clip, limit=train["grad_clip"])), jit(partial(adamw, decay=train["weight_decay"]))
 
     def read(prefix: str) -> Params:
         named = {name: np.asarray(array, np.float64) for name, array in recording.under(prefix).items()}
         params = from_llama2c(named, config)
-        return params._replace(blocks=lovely_llama.stack(layers_of(params)))
+        return params._replace(blocks=stack(layers_of(params)))
 
     params = read("param.")
     remembered = moments(params)

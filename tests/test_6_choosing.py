@@ -1,4 +1,4 @@
-"""Part 7: samplers against their definitions in plain Python."""
+"""Part 6: samplers against their definitions in plain Python."""
 
 import math
 from collections.abc import Sequence
@@ -323,6 +323,6 @@ def test_only_the_set_of_samplers_is_compiled() -> None:
 
 
 def test_the_table_of_samplers_is_that_of_sampling() -> None:
-    assert ll.Sampling._fields == tuple(ll.SAMPLERS)
-    ll.Sampling().check(2)
-    ll.Sampling(1.5, 0.0, 7, 1.0, 1.0).check(7)
+    assert ll.Sampling._fields == tuple(ll.SAMPLERS) == tuple(ll.LIMITS)
+    ll.check_sampling(ll.Sampling(), 2)
+    ll.check_sampling(ll.Sampling(1.5, 0.0, 7, 1.0, 1.0), 7)

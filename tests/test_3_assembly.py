@@ -1,6 +1,6 @@
-"""Part 4: attention, the block and the whole model, against llama2.c and finite differences, and for consistency."""
+"""Part 3: attention, the block and the whole model, against llama2.c and finite differences, and for consistency."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ from jax import numpy as jnp
 from jax import vmap
 from jax.test_util import check_grads
 
-import lovely_llama
 from lovely_llama import (
     Attention,
     Block,
@@ -29,9 +28,8 @@ from lovely_llama import (
     llama,
     logits,
     loss,
-    rope_angles,
+    positions,
     shapes,
-    stack,
 )
 from lovely_llama_tools.formats.llama2c import from_llama2c
 from lovely_llama_tools.layout import LLAMA2C, all_tensors
@@ -41,22 +39,6 @@ PARAMS = random_params(SMALL)
 TOKENS = jnp.array([3, 28, 0, 17, 3, 9, 21])
 run = jit(llama, static_argnames="config")  # `start` is traced: one program serves all
 whole = jit(logits, static_argnames="config")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_blocks() -> Iterator[None]:
-    """Attention reads blocks of three keys, so that a few tokens span several blocks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lovely_llama, "BLOCK", 3)
-        yield
-
-
-def stacked(params: Params) -> Params:
-    return params._replace(blocks=stack(params.blocks))
-
-
-def angles_of(seq: int, config: Config) -> jax.Array:
-    return vmap(partial(rope_angles, config=config))(jnp.arange(seq))
 
 
 # ---- Parity with llama2.c --------------------------------------------------------------------------------------------
@@ -74,7 +56,7 @@ def recorded_attention(args: Mapping[str, Any], config: Config) -> dict[str, jax
 
     def row(x: jax.Array) -> jax.Array:
         (cache,) = empty_cache(config, len(x), x.dtype)
-        return attention(w, x, angles_of(len(x), config), cache, 0, config)[0]
+        return attention(w, x, cache, positions(0, len(x), config))[0]
 
     return {"0": vmap(row)(args["x"])}
 
@@ -84,7 +66,7 @@ def recorded_layer(args: Mapping[str, Any], config: Config) -> dict[str, jax.Arr
 
     def row(x: jax.Array) -> jax.Array:
         (cache,) = empty_cache(config, len(x), x.dtype)
-        return block(w, x, angles_of(len(x), config), cache, 0, config)[0]
+        return block(w, x, cache, positions(0, len(x), config), config.eps)[0]
 
     return {"0": vmap(row)(args["x"])}
 
@@ -116,11 +98,13 @@ def test_logits_parity(recording: Recording) -> None:
 
 
 def bare_attention(w: Attention, x: jax.Array, angles: jax.Array) -> jax.Array:
-    return attention(w, x, angles, empty_cache(SMALL, len(x), x.dtype)[0], 0, SMALL)[0]
+    where = positions(0, len(x), SMALL)._replace(angles=angles)
+    return attention(w, x, empty_cache(SMALL, len(x), x.dtype)[0], where)[0]
 
 
 def bare_block(w: Block, x: jax.Array, angles: jax.Array) -> jax.Array:
-    return block(w, x, angles, empty_cache(SMALL, len(x), x.dtype)[0], 0, SMALL)[0]
+    where = positions(0, len(x), SMALL)._replace(angles=angles)
+    return block(w, x, empty_cache(SMALL, len(x), x.dtype)[0], where, SMALL.eps)[0]
 
 
 @pytest.mark.parametrize(("function", "part"), [(bare_attention, "attn"), (bare_block, None)])
@@ -183,28 +167,11 @@ def used_cache(config: Config, ctx: int = len(TOKENS) + 4, dtype: Any = jnp.floa
     )
 
 
-def test_a_single_token_reads_half_a_block_at_a_time() -> None:
-    """At position 3, a block of 3 keys would read up to position 5; one of 3 // 2 stops at position 3."""
-    cache = jax.tree.map(lambda leaf: leaf.at[:, 4:].set(jnp.nan), used_cache(SMALL))
-    assert jnp.isfinite(run(PARAMS, TOKENS[:1], cache, 3, SMALL)[0]).all()
-
-
 def test_start_may_be_an_int_or_an_array() -> None:
     cache = used_cache(SMALL)
     for start in (0, 4):
         fixed = jit(llama, static_argnames=("start", "config"))(PARAMS, TOKENS, cache, start, SMALL)
         assert_close(fixed, run(PARAMS, TOKENS, cache, start, SMALL), 1e-6, f"start {start}")
-
-
-def test_stacked_layers_give_the_same_results() -> None:
-    def with_gradient(params: Params) -> Any:
-        return jax.value_and_grad(partial(loss, config=SMALL))(params, TOKENS, TOKENS[::-1])
-
-    (value, grads), (value_stacked, grads_stacked) = jit(with_gradient)(PARAMS), jit(with_gradient)(stacked(PARAMS))
-    assert_close((value_stacked, grads_stacked), (value, stacked(grads)), 1e-5)
-    cache = used_cache(SMALL)
-    answers, filled = run(PARAMS, TOKENS, cache, 2, SMALL)
-    assert_close(run(stacked(PARAMS), TOKENS, stack(cache), 2, SMALL), (answers, stack(filled)), 1e-5)
 
 
 def test_jit_matches_eager() -> None:

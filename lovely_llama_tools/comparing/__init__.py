@@ -1,0 +1,1 @@
+"""The library turned outward: what somebody else's Llama is checked against (`properties`)."""

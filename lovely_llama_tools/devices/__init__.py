@@ -1,0 +1,1 @@
+"""Several devices: how the axes of arrays are split over a mesh of them (`partition`)."""
