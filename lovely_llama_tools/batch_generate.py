@@ -18,7 +18,6 @@ from lovely_llama import (
     Config,
     LlamaError,
     Params,
-    Positions,
     Sampling,
     check,
     check_params,
@@ -55,34 +54,28 @@ def over() -> Any:
     return split(["batch"], jax.sharding.get_abstract_mesh().axis_names)[0]
 
 
-@partial(program, static_argnames="config")
-def rows_begin(
-    params: Params, tokens: Int[Array, "batch 1"], starts: Int[Array, " batch"], config: Config
-) -> tuple[Float[Array, "batch 1 dim"], Positions]:
-    """The layers' input for each row's token, and its position, one for each row."""
-
-    def row(tokens: Int[Array, " 1"], start: Int[Array, ""]) -> tuple[Array, Positions]:
-        return embed(params, tokens), positions(start, 1, config)
-
-    return vmap(row, spmd_axis_name=over())(tokens, starts)
+@jax.jit
+def rows_begin(params: Params, tokens: Int[Array, "batch 1"]) -> Float[Array, "batch 1 dim"]:
+    """`embed` of each row's token."""
+    return vmap(lambda tokens: embed(params, tokens), spmd_axis_name=over())(tokens)
 
 
-@partial(program, static_argnames="eps", donate_argnames=("x", "cache"))
+@partial(program, donate_argnames=("x", "cache"))
 def rows_layer(
-    w: Block, x: Float[Array, "batch 1 dim"], cache: Cache, where: Positions, eps: float
+    w: Block, x: Float[Array, "batch 1 dim"], cache: Cache, starts: Int[Array, " batch"], config: Config
 ) -> tuple[Float[Array, "batch 1 dim"], Cache]:
     """`block` for every row. They share its weights: products with vectors become products with a matrix."""
 
-    def row(x: Array, cache: Cache, where: Positions) -> tuple[Array, Cache]:
-        return block(w, x, cache, where, eps)
+    def row(x: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
+        return block(w, x, cache, positions(start, 1, config), config.eps)
 
-    return vmap(row, spmd_axis_name=over())(x, cache, where)
+    return vmap(row, spmd_axis_name=over())(x, cache, starts)
 
 
-@partial(program, static_argnames="eps")
-def rows_end(params: Params, x: Float[Array, "batch 1 dim"], eps: float) -> Float[Array, "batch vocab"]:
+@program
+def rows_end(params: Params, x: Float[Array, "batch 1 dim"], config: Config) -> Float[Array, "batch vocab"]:
     """`readout` of each row's token."""
-    return vmap(lambda x: readout(params, x[0], eps))(x)
+    return vmap(lambda x: readout(params, x[0], config.eps))(x)
 
 
 def at(array: Float[Array, "*shape"], place: NamedSharding | None) -> Float[Array, "*shape"]:
@@ -173,12 +166,12 @@ class Batch:
             said = row.generation.tokens
             tokens[slot], starts[slot] = said[-1], len(row.generation.prompt) + len(said) - 1
         self.reserve(int(starts.max()) + 1)
-        ends, layers = params._replace(blocks=()), list(self.cache)
+        ends, layers, places = params._replace(blocks=()), list(self.cache), everywhere(params, starts)
         with running(params):
-            x, where = rows_begin(ends, everywhere(params, tokens), everywhere(params, starts), config)
+            x = rows_begin(ends, everywhere(params, tokens))
             for i, w in enumerate(params.blocks):
-                x, layers[i] = rows_layer(w, x, layers[i], where, config.eps)
-            self.cache, logits = tuple(layers), rows_end(ends, x, config.eps)
+                x, layers[i] = rows_layer(w, x, layers[i], places, config)
+            self.cache, logits = tuple(layers), rows_end(ends, x, config)
         for slot, row in active:
             row.logits = logits[slot]
 

@@ -14,11 +14,11 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lovely_llama import (
+    Block,
     Cache,
     Config,
     LlamaError,
     Params,
-    Positions,
     Sampling,
     check,
     check_params,
@@ -41,24 +41,24 @@ WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 PREFILL = (512, 256, 64)  # prompts are read in pieces of these lengths, each compiled once; the last piece is padded
 
 # One program serves all layers: it is compiled, kept and loaded once, however deep the model.
-program = partial(jax.jit, compiler_options=WIDE_VECTORS)
-read_layer = program(block, static_argnames="eps", donate_argnames=("x", "cache"))
+program = partial(jax.jit, static_argnames="config", compiler_options=WIDE_VECTORS)
+read_tokens = jax.jit(embed)
 
 
-@partial(program, static_argnames="config")
-def read_tokens(
-    params: Params, tokens: Int[Array | np.ndarray, " seq"], start: Int[Array, ""], config: Config
-) -> tuple[Float[Array, "seq dim"], Positions]:
-    """The layers' input, and what they need to know of its positions."""
-    return embed(params, tokens), positions(start, len(tokens), config)
+@partial(program, donate_argnames=("x", "cache"))
+def read_layer(
+    w: Block, x: Float[Array, "seq dim"], cache: Cache, start: Int[Array, ""], config: Config
+) -> tuple[Float[Array, "seq dim"], Cache]:
+    """`block` for tokens from `start` on. To compute the angles again takes less time than to pass them."""
+    return block(w, x, cache, positions(start, len(x), config), config.eps)
 
 
-@partial(program, static_argnames="eps")
+@program
 def read_out(
-    params: Params, x: Float[Array, "seq dim"], last: Int[Array | np.ndarray, ""], eps: float
+    params: Params, x: Float[Array, "seq dim"], last: Int[Array | np.ndarray, ""], config: Config
 ) -> Float[Array, " vocab"]:
     """`readout` of one of several tokens."""
-    return readout(params, x[last], eps)
+    return readout(params, x[last], config.eps)
 
 
 def read(
@@ -72,9 +72,9 @@ def read(
     """
     # Passing arrays to a program takes time: no layers go to programs that need none, and start is converted once.
     ends, start = params._replace(blocks=()), everywhere(params, start)
-    x, where = read_tokens(ends, tokens, start, config)
-    x, cache = fold_layers(lambda x, w, cache: read_layer(w, x, cache, where, config.eps), x, params.blocks, cache)
-    return read_out(ends, x, last, config.eps), cache
+    x = read_tokens(ends, tokens)
+    x, cache = fold_layers(lambda x, w, cache: read_layer(w, x, cache, start, config), x, params.blocks, cache)
+    return read_out(ends, x, last, config), cache
 
 
 @partial(jax.jit, static_argnames="room")
@@ -172,8 +172,8 @@ class Session:
             (old,) = new_cache(params, replace(config, layers=1), room)
             cache = Cache(widen(old.keys, following), widen(old.values, following))
             zero = everywhere(params, np.array(0, np.int32))
-            x, where = read_tokens(params._replace(blocks=()), np.zeros(1, np.int32), zero, config)
-            read_layer(params.blocks[0], x, cache, where, config.eps)
+            x = read_tokens(params._replace(blocks=()), np.zeros(1, np.int32))
+            read_layer(params.blocks[0], x, cache, zero, config)
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lovely_llama import (
+    Block,
+    Cache,
     Config,
     LlamaError,
     Params,
-    Positions,
     check,
     check_tokens,
     float32_or_wider,
@@ -24,7 +26,7 @@ from lovely_llama import (
     readout,
 )
 
-from .caches import everywhere, new_cache, running
+from .caches import new_cache, running
 from .extras import progress
 from .fast.layers import block, embed
 from .formats import Model
@@ -80,15 +82,13 @@ def surprise(
     return nats.ravel(), likeliest.ravel()
 
 
-def begin(
-    params: Params, tokens: Int[Array | np.ndarray, " seq"], start: Int[Array, ""], config: Config
-) -> tuple[Float[Array, "seq dim"], Positions]:
-    """The layers' input, and what they need to know of its positions."""
-    return embed(params, tokens), positions(start, len(tokens), config)
+@partial(jax.jit, static_argnames="config")
+def layer(w: Block, x: Float[Array, "seq dim"], cache: Cache, config: Config) -> Float[Array, "seq dim"]:
+    """`block` for tokens from position 0 on, without the cache that it leaves."""
+    return block(w, x, cache, positions(0, len(x), config), config.eps)[0]
 
 
-layer = jax.jit(block, static_argnames="eps")
-read = jax.jit(begin, static_argnames="config")
+read = jax.jit(embed)
 score = jax.jit(surprise, static_argnames="config")
 
 
@@ -101,12 +101,12 @@ def scores(model: Model, tokens: Sequence[int], targets: Sequence[int]) -> Score
     while size < count:
         size *= 2
     padded, wanted = (np.array([*ids, *[0] * (size - count)], np.int32) for ids in (tokens, targets))
-    ends, zero = params._replace(blocks=()), everywhere(params, np.array(0, np.int32))
+    ends = params._replace(blocks=())
     with running(params):
         (cache,) = new_cache(params, replace(config, layers=1), size)
-        x, where = read(ends, padded, zero, config)
+        x = read(ends, padded)
         for w in params.blocks:
-            x, _ = layer(w, x, cache, where, config.eps)
+            x = layer(w, x, cache, config)
         nats, likeliest = (np.asarray(array)[:count] for array in score(ends, x, jnp.asarray(wanted), config))
     if not np.isfinite(nats).all():
         raise FloatingPointError("model: logits: got NaN or ∞, expected numbers")

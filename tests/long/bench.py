@@ -411,8 +411,8 @@ def memory(_: int, work: str) -> Iterator[Against]:
         config, scalar = replace(ll.CONFIGS["stories15m"], ctx=seq), jax.ShapeDtypeStruct((), jnp.int32)
         params, tokens = ll.shapes(config), jax.ShapeDtypeStruct((seq,), jnp.int32)
         room = jax.eval_shape(partial(ll.empty_cache, config, seq, jnp.float32))
-        x, where = jax.eval_shape(partial(read_tokens, config=config), params, tokens, scalar)
-        prefill = partial(read_layer.lower, params.blocks[0], x, room[0], where, config.eps)
+        x = jax.eval_shape(read_tokens, params, tokens)
+        prefill = partial(read_layer.lower, params.blocks[0], x, room[0], scalar, config)
         lowered = prefill() if work == "prefill" else gradients(config).lower(params, tokens, tokens)
         analysis = lowered.compile().memory_analysis()
         assert analysis

@@ -88,8 +88,8 @@ params = place(random_params(few), few, mesh)
 cache, ends = new_cache(params, few, 256, 4)[0], params._replace(blocks=())
 with running(params):
     at = everywhere(params, np.arange(4, dtype=np.int32))
-    x, where = rows_begin(ends, everywhere(params, np.zeros((4, 1), np.int32)), at, few)
-    compiled = rows_layer.lower(params.blocks[0], x, cache, where, few.eps).compile().as_text()
+    x = rows_begin(ends, everywhere(params, np.zeros((4, 1), np.int32)))
+    compiled = rows_layer.lower(params.blocks[0], x, cache, at, few).compile().as_text()
 out["collectives"] = re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* (all-\\w+|collective-\\w+|reduce-scatter)\\(", compiled)
 
 # From a file, straight to the devices.
