@@ -1,16 +1,16 @@
 """Llama as mathematics: one file of pure JAX that reads like the papers.
 
 Functions are written for one token, one head or one vector; `vmap` adds the other axes. Shapes stand in the signatures,
-where an axis has one name everywhere. The length of these is the field of `Config` that has their name:
+where an axis has one name everywhere. The length of each of these is the `Config` field of that name:
 
     vocab     size of the vocabulary                    dim         width of the residual stream
     kv_heads  key/value heads                           q_per_kv    query heads that share one of them
     head_dim  width of a head                           hidden_dim  width inside the feed-forward
     layers    blocks, each fed by the one before
 
-These depend on the call: `ctx`, the positions that a cache has room for (`config.ctx` is the longest sequence that a
-model is made for); `seq`, its tokens; `pairs`, head_dim / 2 planes of rotation; `n`, any number; and in part 5 `batch`,
-its sequences, and the `rank` of an adapter between `inputs` and `outputs`.
+Others depend on the call: `ctx`, the positions of a cache (`config.ctx`: of the longest sequence that a model is for);
+`seq`, the tokens; `pairs`, head_dim / 2 planes of rotation; `n`, any number; in part 5 `batch`, any axes of sequences,
+and an adapter's `rank` between `inputs` and `outputs`, the axes of a matrix.
 
 Matrices are stored [out, in] and applied as W @ x. A rotary pair is two neighbouring rows, as in Meta's and llama2.c's
 checkpoints. Positions are absolute and start at 0. Whatever the dtype of the parameters, the arithmetic inside norms,
@@ -32,6 +32,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 __version__ = "0.1.0"
+Number = float | int | Float[Array, ""] | Int[Array, ""]
+Ids = Integer[Array | np.ndarray, " seq"]
 
 
 # ---- 1. Nouns: the configuration, the parameters, the cache, the positions -------------------------------------------
@@ -60,14 +62,14 @@ class Config:
     head_dim: int
     hidden_dim: int
     ctx: int
-    eps: float
-    theta: float
+    eps: float | int
+    theta: float | int
     rope_scaling: RopeScaling | None
     tied: bool
 
     def __post_init__(self) -> None:
         check_config(self)
-        for field in SIZES:  # which numpy's integers could overflow
+        for field in SIZES:  # Python's integers, as numpy's can overflow
             object.__setattr__(self, field, int(getattr(self, field)))
 
 
@@ -106,9 +108,6 @@ class Params(NamedTuple):
     unembed: Float[Array, "vocab dim"] | None  # None in a tied model, where embed serves for both
 
 
-GAINS = {"attn_norm", "ffn_norm", "norm"}  # the fields that hold gains: 1 at first, and spared by weight decay
-
-
 class Cache(NamedTuple):
     """What a layer remembers of the tokens so far."""
 
@@ -119,7 +118,7 @@ class Cache(NamedTuple):
 class Positions(NamedTuple):
     """What depends on the positions of a call's tokens, and is the same in every layer."""
 
-    start: Int[Array, ""] | int  # of the first token
+    start: Number  # of the first token
     first: Int[Array, " seq"]  # the first position that each token sees: in a packed row, where its document begins
     angles: Float[Array, "seq pairs"]
     query_scale: Float[Array, ""] | float  # YaRN's 1/t
@@ -131,7 +130,7 @@ def float32_or_wider(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def rms_norm(x: Float[Array, " dim"], gain: Float[Array, " dim"], eps: float) -> Float[Array, " dim"]:
+def rms_norm(x: Float[Array, " dim"], gain: Float[Array, " dim"], eps: Number) -> Float[Array, " dim"]:
     """Scale x to unit root-mean-square, then by a learned gain.
 
         yᵢ = gᵢ xᵢ / √(ε + ¹⁄ₙ Σⱼ xⱼ²)
@@ -192,14 +191,14 @@ def softmax(scores: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def attend(
     q: Float[Array, " head_dim"], keys: Float[Array, "ctx head_dim"], values: Float[Array, "ctx head_dim"],
-    last: Int[Array, ""] | int, first: Int[Array, ""] | int = 0,
+    last: Number, first: Number = 0,
 ) -> Float[Array, " head_dim"]:  # fmt: skip
     """Average the values at positions first … last, weighted by how well their keys match the query.
 
         softmax(q Kᵀ / √d) V
 
-    Vaswani et al. 2017, arXiv:1706.03762, eq. (1). Attention over a prompt of seq tokens takes seq² · heads numbers of
-    memory, its gradient as many again; lovely_llama_tools.fast computes the same a block of keys at a time."""
+    Vaswani et al. 2017, arXiv:1706.03762, eq. (1). A prompt of seq tokens has seq² · heads scores in memory, and its
+    gradient those of every layer; lovely_llama_tools.fast computes the same a block of keys at a time."""
     position = jnp.arange(len(keys))
     visible = (first <= position) & (position <= last)
     scores = float32_or_wider(keys) @ float32_or_wider(q) / math.sqrt(len(q))
@@ -222,13 +221,13 @@ def swiglu(
 
 
 # ---- 3. Assembly -----------------------------------------------------------------------------------------------------
-def embed(params: Params, tokens: Integer[Array | np.ndarray, " seq"]) -> Float[Array, "seq dim"]:
+def embed(params: Params, tokens: Ids) -> Float[Array, "seq dim"]:
     """The first layer's input: each token's row of E."""
     return params.embed[tokens]
 
 
-def positions(start: Int[Array, ""] | int, seq: int, config: Config, first: Int[Array, " seq"] | int = 0) -> Positions:
-    """What the layers need to know of positions start, start + 1, … YaRN's 1/t is its attention_factor, squared.
+def positions(start: Number, seq: int, config: Config, first: Ids | int = 0) -> Positions:
+    """What layers need about positions start, start + 1, … The scale of queries is YaRN's 1/t = attention_factor².
 
     Peng et al. 2023, arXiv:2309.00071, §3.4, where √(1/t) scales queries and keys; here keys stay as they are."""
     angles = vmap(lambda i: rope_angles(start + i, config))(jnp.arange(seq))  # adds seq
@@ -241,17 +240,18 @@ def attention(
 ) -> tuple[Float[Array, "seq dim"], Cache]:
     """Each token attends to those from `first` up to itself, with every query head; W_O mixes the results.
 
-        headₕ = attend(R W_Qʰ x, R W_K x, W_V x),  y = W_O [head₁; …; headₙ]
+        headₕ = attend(s R W_Qʰ x, R W_K x, W_V x),  y = W_O [head₁; …; headₙ]
 
-    Vaswani et al. 2017, §3.2.2; query heads share keys and values as in Ainslie et al. 2023, arXiv:2305.13245, §2.2."""
+    Vaswani et al. 2017, §3.2.2, where s = 1; query heads share keys and values as in Ainslie et al. 2023,
+    arXiv:2305.13245, §2.2."""
 
     def remember(w_k: Float[Array, "head_dim dim"], w_v: Float[Array, "head_dim dim"]) -> Cache:
         return vmap(lambda x, angles: Cache(rope(w_k @ x, angles), w_v @ x))(x, where.angles)  # adds seq
 
-    def group(w_q: Float[Array, "q_per_kv head_dim dim"], keys: Array, values: Array) -> Array:
+    def group(w_q: Float[Array, "q_per_kv head_dim dim"], own: Cache) -> Float[Array, "q_per_kv seq head_dim"]:
         def head(w_q: Float[Array, "head_dim dim"]) -> Float[Array, "seq head_dim"]:
-            def token(x: Float[Array, " dim"], angles: Float[Array, " pairs"], last: Array, first: Array) -> Array:
-                return attend(where.query_scale * rope(w_q @ x, angles), keys, values, last, first)
+            def token(x: Float[Array, " dim"], angles: Float[Array, " pairs"], last: Number, first: Number) -> Array:
+                return attend(where.query_scale * rope(w_q @ x, angles), *own, last, first)
 
             return vmap(token)(x, where.angles, last, where.first)  # adds seq
 
@@ -260,12 +260,12 @@ def attention(
     write = partial(lax.dynamic_update_slice_in_dim, start_index=where.start, axis=1)
     cache = jax.tree.map(write, cache, vmap(remember)(w.k, w.v))  # adds kv_heads
     last = where.start + jnp.arange(len(x))
-    heads = jnp.moveaxis(vmap(group)(w.q, *cache), 2, 0)  # adds kv_heads, and brings seq to the front
+    heads = jnp.moveaxis(vmap(group)(w.q, cache), 2, 0)  # adds kv_heads, and brings seq to the front
     return vmap(lambda heads: jnp.tensordot(w.o, heads, 3))(heads), cache  # adds seq
 
 
 def block(
-    w: Block, x: Float[Array, "seq dim"], cache: Cache, where: Positions, eps: float, *,
+    w: Block, x: Float[Array, "seq dim"], cache: Cache, where: Positions, eps: Number, *,
     attention: Callable[..., Any] = attention,
 ) -> tuple[Float[Array, "seq dim"], Cache]:  # fmt: skip
     """One layer: x + attention(norm(x)), then x + swiglu(norm(x)).
@@ -277,10 +277,10 @@ def block(
     return x + vmap(lambda x: swiglu(rms_norm(x, w.ffn_norm, eps), *w.ffn))(x), cache  # adds seq
 
 
-def readout(params: Params, x: Float[Array, " dim"], eps: float) -> Float[Array, " vocab"]:
+def readout(params: Params, x: Float[Array, " dim"], eps: Number) -> Float[Array, " vocab"]:
     """The next token's logits: ⟨norm(x), Uₜ⟩ for each token t. A tied model has U = E, arXiv:1608.05859."""
     unembed = params.embed if params.unembed is None else params.unembed
-    return jnp.inner(rms_norm(x, params.norm, eps), unembed)  # under vmap a row per token, as the loss reads them
+    return jnp.inner(rms_norm(x, params.norm, eps), unembed)
 
 
 def empty_cache(config: Config, ctx: int, dtype: Any) -> tuple[Cache, ...]:
@@ -290,13 +290,13 @@ def empty_cache(config: Config, ctx: int, dtype: Any) -> tuple[Cache, ...]:
 
 
 def llama(
-    params: Params, tokens: Integer[Array | np.ndarray, " seq"] | Sequence[int], cache: tuple[Cache, ...],
-    start: Int[Array, ""] | int, config: Config, first: Int[Array, " seq"] | int = 0,
+    params: Params, tokens: Ids | Sequence[int], cache: tuple[Cache, ...], start: Number, config: Config,
+    first: Ids | int = 0,
 ) -> tuple[Float[Array, "seq vocab"], tuple[Cache, ...]]:  # fmt: skip
     """The model: the logits after each of the tokens at positions start, start + 1, …, and the cache with them added.
 
-    Under `jit`, where nothing can raise, ids must be valid and the cache have room for them."""
-    ids = checked_tokens(params, tokens, cache, start, config)
+    Of what `jit` traces the values cannot be checked: ids must be valid, and the cache have room for them."""
+    ids = checked_tokens(params, tokens, cache, start, config, first)
     where = positions(start, len(ids), config, first)
     x = embed(params, ids)
     caches = list[Cache]()
@@ -307,9 +307,8 @@ def llama(
 
 
 def logits(
-    params: Params, tokens: Integer[Array | np.ndarray, " seq"] | Sequence[int], config: Config,
-    first: Int[Array, " seq"] | int = 0,
-) -> Float[Array, "seq vocab"]:  # fmt: skip
+    params: Params, tokens: Ids | Sequence[int], config: Config, first: Ids | int = 0
+) -> Float[Array, "seq vocab"]:
     """`llama` from position 0, without the cache."""
     cache = empty_cache(config, np.size(tokens), params.embed.dtype)
     return llama(params, tokens, cache, 0, config, first)[0]
@@ -317,16 +316,16 @@ def logits(
 
 # ---- 4. Initialisation -----------------------------------------------------------------------------------------------
 def axes(config: Config) -> Params:
-    """The names of every parameter's axes, as one text each, read off the annotations in part 1."""
+    """The names of every parameter's axes, as one string each, read off the annotations in part 1."""
 
     def of(annotation: Any) -> Any:
         if hasattr(annotation, "_fields"):
             return annotation(*map(of, annotation.__annotations__.values()))
         return annotation.dim_str.removeprefix("*layers").strip()
 
-    vectors = of(Params.__annotations__["embed"])
-    gains = of(Params.__annotations__["norm"])
-    return Params(vectors, (of(Block),) * config.layers, gains, None if config.tied else vectors)
+    embed = of(Params.__annotations__["embed"])
+    norm = of(Params.__annotations__["norm"])
+    return Params(embed, (of(Block),) * config.layers, norm, None if config.tied else embed)
 
 
 def shapes(config: Config) -> Params:
@@ -339,22 +338,21 @@ def shapes(config: Config) -> Params:
 
 
 def count(config: Config) -> int:
-    """The exact number of parameters."""
-
-    def size(tree: Any) -> int:
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
+    """The exact number of parameters. One layer stands for all, of which a file may claim billions."""
     one = shapes(replace(config, layers=1))
-    return size(one) + (config.layers - 1) * size(one.blocks)
+    whole, layer = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (one, one.blocks))
+    return whole + (config.layers - 1) * layer
+
+
+GAINS = {"attn_norm", "ffn_norm", "norm"}  # the fields that hold gains: 1 at first, and spared by weight decay
 
 
 def init(rng: Key[Array, ""], config: Config) -> Params:
     """Parameters to train from: gains 1, matrices normal with σ = 0.02, but o and down with σ = 0.02 / √(2 layers).
 
-    Those two add to the residual stream, whose variance then does not grow with depth: Radford et al. 2019, §2.3.
-    llama2.c scales up in place of down."""
+    Those two add to the residual stream, whose variance then does not grow with depth: Radford et al. 2019, §2.3."""
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, rng: Key[Array, ""]) -> Array:
+    def new(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, rng: Key[Array, ""]) -> Array:
         if path[-1].name in GAINS:
             return jnp.ones(leaf.shape, leaf.dtype)
         σ = 0.02 / math.sqrt(2 * config.layers) if path[-1].name in ("o", "down") else 0.02
@@ -362,17 +360,19 @@ def init(rng: Key[Array, ""], config: Config) -> Params:
 
     wanted = shapes(config)
     tree = jax.tree.structure(wanted)
-    return jax.tree.map_with_path(draw, wanted, tree.unflatten(jax.random.split(rng, tree.num_leaves)))
+    return jax.tree.map_with_path(new, wanted, tree.unflatten(jax.random.split(rng, tree.num_leaves)))
 
 
 # ---- 5. Learning -----------------------------------------------------------------------------------------------------
-def cross_entropy(
-    logits: Float[Array, "*batch seq vocab"], targets: Integer[Array | np.ndarray, "*batch seq"]
-) -> Float[Array, ""]:
+Batch = Integer[Array | np.ndarray, "*batch seq"]
+
+
+def cross_entropy(logits: Float[Array, "*batch seq vocab"], targets: Batch) -> Float[Array, ""]:
     """Mean cross-entropy in nats: −¹⁄ₙ Σ log softmax(logits)ₜ over the n targets t that are not negative.
 
     Negative targets (−1 by convention) are ignored; where all are, it is 0. Shannon 1948, §6, with the model's
     probabilities inside the logarithm, which is log Σⱼ exp(xⱼ) − xₜ."""
+    check("targets", targets.shape, targets.shape == logits.shape[:-1], f"{logits.shape[:-1]}, as logits")
     scores = float32_or_wider(logits).reshape(-1, logits.shape[-1])
     counted = targets.reshape(-1) >= 0
     chosen = jnp.take_along_axis(scores, jnp.maximum(targets.reshape(-1, 1), 0), axis=-1)[:, 0]
@@ -380,11 +380,7 @@ def cross_entropy(
     return surprise.sum() / jnp.maximum(counted.sum(), 1).astype(surprise.dtype)
 
 
-def loss(
-    params: Params, tokens: Integer[Array | np.ndarray, "*batch seq"],
-    targets: Integer[Array | np.ndarray, "*batch seq"], config: Config,
-    first: Integer[Array | np.ndarray, "*batch seq"] | int = 0,
-) -> Float[Array, ""]:  # fmt: skip
+def loss(params: Params, tokens: Batch, targets: Batch, config: Config, first: Batch | int = 0) -> Float[Array, ""]:
     """`cross_entropy` of the model's logits. Documents packed into one row do not see each other: a token's own begins
     at `first`."""
     ids, answers = checked_batch(tokens, targets, config, first)
@@ -394,7 +390,7 @@ def loss(
     return cross_entropy(scores, answers.reshape(rows.shape))
 
 
-def clip(gradients: Any, limit: float) -> tuple[Any, Float[Array, ""]]:
+def clip(gradients: Any, limit: Number) -> tuple[Any, Float[Array, ""]]:
     """g · min(1, limit / ‖g‖), and ‖g‖, the norm over all leaves. Pascanu et al. 2013, arXiv:1211.5063, algorithm 1."""
     norm = jnp.sqrt(sum((float32_or_wider(g) ** 2).sum() for g in jax.tree.leaves(gradients)))
     return jax.tree.map(lambda g: (limit / jnp.maximum(norm, limit)).astype(g.dtype) * g, gradients), norm
@@ -414,7 +410,7 @@ def moments(params: Any) -> Moments:
 
 
 def adamw(
-    params: Any, gradients: Any, moments: Moments, rate: float | Float[Array, ""], decay: float,
+    params: Any, gradients: Any, moments: Moments, rate: Number, decay: Number,
     betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
 ) -> tuple[Any, Moments]:  # fmt: skip
     """One step of Adam with decoupled weight decay, which spares gains.
@@ -438,14 +434,14 @@ def adamw(
     return jax.tree.map_with_path(update, params, first, second), Moments(step, first, second)
 
 
-def learning_rate(step: int, peak: float, warmup: int, steps: int, final: float) -> float:
+def learning_rate(step: int, peak: float | int, warmup: int, steps: int, final: float | int) -> float | int:
     """The rate of a step, counted from 0: linear up to peak at `warmup`, then half a cosine down to final at `steps`.
 
     Loshchilov & Hutter 2017, arXiv:1608.03983, eq. (5), without restarts. As in llama2.c a warm-up begins at 0, so that
     its first step fills the moments and leaves the parameters as they are."""
     if step < warmup:
         return peak * step / warmup
-    turn = min(step - warmup, steps - warmup) / max(steps - warmup, 1)
+    turn = (min(step, steps) - warmup) / max(steps - warmup, 1)
     return final + 0.5 * (1 + math.cos(math.pi * turn)) * (peak - final)
 
 
@@ -456,10 +452,10 @@ class Adapter(NamedTuple):
     b: Float[Array, "*outputs rank"]
 
 
-def adapt(params: Any, adapters: Any, scale: float) -> Any:
+def adapt(params: Any, adapters: Any, scale: Number) -> Any:
     """Parameters with W + s BA for each W that has an `Adapter` in the tree `adapters`, which has None elsewhere.
 
-    Hu et al. 2021, arXiv:2106.09685, eq. (3), s = α/r. Trained are the adapters alone, by their own gradient."""
+    Hu et al. 2021, arXiv:2106.09685, eq. (3), s = α/r. Only the adapters are trained."""
 
     def changed(adapter: Adapter | None, w: Any) -> Any:
         return w if adapter is None else w + scale * jnp.tensordot(adapter.b, adapter.a, 1).astype(w.dtype)
@@ -469,9 +465,6 @@ def adapt(params: Any, adapters: Any, scale: float) -> Any:
 
 # ---- 6. Choosing -----------------------------------------------------------------------------------------------------
 # A sampler maps logits to logits. It excludes a token by −∞, so samplers compose, and `softmax` ends any chain of them.
-Number = float | int | Float[Array, ""] | Int[Array, ""]
-
-
 def repetition_penalty(
     logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"], penalty: Number
 ) -> Float[Array, " vocab"]:
@@ -495,34 +488,34 @@ def greedy(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
 def top_k(logits: Float[Array, " vocab"], k: Number) -> Float[Array, " vocab"]:
     """Keep exactly the k most likely tokens; between equals the lower ids. Fan et al. 2018, arXiv:1805.04833, §5.4."""
     order = jnp.argsort(-logits)  # which is stable
-    rank = jnp.argsort(order)
-    return jnp.where(rank < k, logits, -jnp.inf)
+    place = jnp.argsort(order)
+    return jnp.where(place < k, logits, -jnp.inf)
 
 
 def top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
     """Keep the smallest set of most likely tokens whose probabilities sum to at least p.
 
     Holtzman et al. 2019, arXiv:1904.09751, eq. (2). The most likely always remains, and p = 1 keeps all."""
-    falling = softmax(logits)[jnp.argsort(-logits)]
-    short = jnp.cumsum(falling) < p  # whether this many have less than p together
-    return top_k(logits, jnp.where(p >= 1, len(logits), 1 + short.sum()))
+    probabilities = softmax(float32_or_wider(logits))[jnp.argsort(-logits)]
+    below_p = jnp.cumsum(probabilities) < p  # of each token together with all more likely ones
+    return top_k(logits, jnp.where(p >= 1, len(logits), 1 + below_p.sum()))
 
 
 def min_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
     """Keep tokens at least p times as likely as the most likely. Nguyen et al. 2024, arXiv:2407.01082."""
-    return jnp.where(softmax(logits) >= p * softmax(logits).max(), logits, -jnp.inf)
+    probabilities = softmax(logits)
+    return jnp.where(probabilities >= p * probabilities.max(), logits, -jnp.inf)
 
 
 def categorical(rng: Key[Array, ""], logits: Float[Array, " vocab"]) -> Int[Array, ""]:
     """A token with the probabilities softmax(logits): the first whose cumulative probability exceeds a uniform number.
 
     Inverse transform sampling: Devroye 1986, Non-Uniform Random Variate Generation, chapter III."""
-    cumulative = jnp.cumsum(softmax(logits))
+    cumulative = jnp.cumsum(softmax(float32_or_wider(logits)))
     u = jax.random.uniform(rng, dtype=cumulative.dtype) * cumulative[-1]
     return jnp.argmax(cumulative > u)
 
 
-# Each takes logits, the tokens seen before, and its number.
 SAMPLERS: dict[str, Callable[[Array, Array, Any], Array]] = {
     "repetition_penalty": repetition_penalty,
     "temperature": lambda x, _, t: jnp.where(t == 0, greedy(x), temperature(x, t)),
@@ -561,12 +554,12 @@ def choose(
     penalised = Sampling(sampling.repetition_penalty, None, None, None, None)(logits, seen, samplers)
     drawn = draw(jax.random.fold_in(rng, position), sampling(logits, seen, samplers))
     token = jnp.where(jnp.isfinite(penalised).all(), drawn, -1)
-    return token, seen.at[token].set(True, mode="drop")
+    return token, seen | (jnp.arange(len(seen)) == token)
 
 
 # ---- 7. Checks -------------------------------------------------------------------------------------------------------
 SIZES = ("vocab", "dim", "layers", "kv_heads", "q_per_kv", "head_dim", "hidden_dim", "ctx")  # of a `Config`
-LIMITS = {  # of the samplers: the least number, or one below all, and the greatest; None for a whole one up to vocab
+LIMITS = {  # of the samplers: from a lower bound or above it, up to an upper one; None: a whole number up to vocab
     "repetition_penalty": ("above", 0, math.inf),
     "temperature": ("from", 0, math.inf),
     "top_k": ("from", 1, None),
@@ -612,9 +605,7 @@ def check_config(config: Any, file: object = "config") -> None:
     must("head_dim", config.head_dim, config.head_dim % 2 == 0, "an even number")
     must("eps", config.eps, is_number(config.eps) and config.eps > 0, "a finite number above 0")
     must("theta", config.theta, is_number(config.theta) and config.theta > 1, "a finite number above 1")
-    if config.rope_scaling is None:
-        return
-    kind, factor, ctx, low, high, attention_factor = config.rope_scaling
+    kind, factor, ctx, low, high, attention_factor = config.rope_scaling or RopeScaling("linear", 1)
     must("rope_scaling", kind, kind in ("linear", "llama3", "yarn"), "linear, llama3 or yarn")
     must("rope_scaling.factor", factor, is_number(factor) and factor >= 1, "a finite number of at least 1")
     if kind != "linear":
@@ -638,12 +629,12 @@ def check_params(params: Params, config: Config, file: object = "params") -> Non
     """Refuse parameters other than those of the config: one missing or unexpected, another shape, whole numbers."""
     stacked = isinstance(cast(Any, params.blocks), Block)
     check("blocks", "layers stacked in one Block", not stacked, "a tuple; lovely_llama_tools.fast takes both", file)
-    named = (dict(jax.tree.leaves_with_path(tree)) for tree in (shapes(config), params))
-    wanted, found = ({jax.tree_util.keystr(path): leaf for path, leaf in tree.items()} for tree in named)
-    expected = {name: leaf.shape for name, leaf in wanted.items()}
-    check_tensors(expected, {name: leaf.shape for name, leaf in found.items()}, file)
-    for name, leaf in found.items():
-        check(name, leaf.dtype, jnp.issubdtype(leaf.dtype, jnp.floating), "a floating-point dtype", file)
+    wanted, found = (jax.tree.leaves_with_path(tree) for tree in (shapes(config), params))
+    expected = {jax.tree_util.keystr(path): leaf.shape for path, leaf in wanted}
+    check_tensors(expected, {jax.tree_util.keystr(path): leaf.shape for path, leaf in found}, file)
+    for path, leaf in found:
+        real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        check(jax.tree_util.keystr(path), leaf.dtype, real, "a floating-point dtype", file)
 
 
 def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments") -> Int[np.ndarray, " seq"]:
@@ -662,41 +653,51 @@ def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments"
     return ids.astype(np.int32)
 
 
-def checked_tokens(params: Params, tokens: Any, cache: Any, start: Any, config: Config) -> Any:
-    """The ids for `llama`, once all its arguments are found to fit. Of what is traced, shapes alone are known."""
+def is_traced(x: Any) -> bool:
+    """Whether x is what `jit`, `vmap` or `grad` puts in an array's place: its shape is known, its values are not."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def checked_tokens(params: Params, tokens: Any, cache: Any, start: Any, config: Config, first: Any) -> Any:
+    """The ids for `llama`, once all its arguments are found to fit; of what is traced, its shape."""
     check_params(params, config)
-    if isinstance(tokens, jax.core.Tracer) or isinstance(start, jax.core.Tracer):
-        return tokens
-    ids = check_tokens(tokens, config.vocab, config.ctx - int(start))
-    end = len(ids) + int(start)
+    begin = 0 if is_traced(start) else int(start)
+    check("start", begin, 0 <= begin < config.ctx, f"a position from 0 to {config.ctx - 1}")
+    limit = config.ctx - begin
+    ids = tokens if is_traced(tokens) else jnp.asarray(check_tokens(tokens, config.vocab, limit))
+    end = begin + len(ids)
+    check("tokens", f"{len(ids)} tokens", 0 < len(ids) <= limit, f"1 to {limit}")
+    layers = len(cache.keys if isinstance(cache, Cache) else cache)
+    check("cache", f"{layers} layers", layers == config.layers, config.layers)
     room = jax.tree.leaves(cache)[0].shape[-2]
     check("cache", f"{room} positions", end <= room, f"at least {end}")
-    return jnp.asarray(ids)
+    later = np.greater(0 if is_traced(first) or is_traced(start) else first, range(begin, end))
+    check("first", "a later token", not np.any(later), "no later one")
+    return ids
 
 
 def checked_batch(tokens: Any, targets: Any, config: Config, first: Any) -> tuple[Any, Any]:
-    """The ids for `loss`, once they are found to fit. Of what is traced nothing is known."""
-    if any(isinstance(ids, jax.core.Tracer) for ids in (tokens, targets, first)):
-        return tokens, targets
-    ids = cast(Any, np.asarray(tokens))
-    answers = cast(Any, np.asarray(targets))
-    starts = cast(Any, np.asarray(first))
+    """The ids for `loss`, once its arguments are found to fit; of what is traced, its shape."""
+    ids, answers = (cast(Any, rows if is_traced(rows) else np.asarray(rows)) for rows in (tokens, targets))
     check("targets", answers.shape, answers.shape == ids.shape, f"{ids.shape}, as tokens")
     check("tokens", ids.shape, (0,) < ids.shape[-1:] <= (config.ctx,), f"rows of 1 to {config.ctx}")
-    check("first", "a later token", bool((starts <= range(ids.shape[-1])).all()), "no later one")
-    check_tokens(ids.ravel(), config.vocab, ids.size)
-    check_tokens(np.maximum(answers, 0).ravel(), config.vocab, ids.size, "targets")
+    later = cast(Any, np.greater(0 if is_traced(first) else first, np.arange(ids.shape[-1])))
+    check("first", "a later token", not later.any(), "no later one")
+    if not is_traced(ids):
+        check_tokens(ids.ravel(), config.vocab, ids.size)
+    if not is_traced(answers):
+        check_tokens(np.maximum(answers, 0).ravel(), config.vocab, answers.size, "targets")
     return ids, answers
 
 
 def check_sampling(sampling: Sampling, vocab: int, file: object = "arguments") -> None:
     """Refuse values for which a sampler is not defined."""
     for name, value in sampling._asdict().items():
-        kind, least, most = LIMITS[name]
-        number, good = ("whole", is_whole) if most is None else ("finite", is_number)
-        top = vocab if most is None else most
-        ok = value is None or (good(value) and least <= value <= top and (kind == "from" or value > least))
-        check(name, repr(value), ok, f"a {number} number {kind} {least}, at most {top}", file)
+        bound, lower, limit = LIMITS[name]
+        kind, good = ("whole", is_whole) if limit is None else ("finite", is_number)
+        upper = vocab if limit is None else limit
+        ok = value is None or (good(value) and lower <= value <= upper and (bound == "from" or value > lower))
+        check(name, repr(value), ok, f"a {kind} number {bound} {lower}, at most {upper}", file)
 
 
 # ---- 8. Published models ---------------------------------------------------------------------------------------------

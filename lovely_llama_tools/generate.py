@@ -49,7 +49,7 @@ read_tokens = jax.jit(embed)
 def read_layer(
     w: Block, x: Float[Array, "seq dim"], cache: Cache, start: Int[Array, ""], config: Config
 ) -> tuple[Float[Array, "seq dim"], Cache]:
-    """`block` for tokens from `start` on. To compute the angles again takes less time than to pass them."""
+    """`block` for tokens from `start` on. It computes their angles itself, so that fewer arrays are passed."""
     return block(w, x, cache, positions(start, len(x), config), config.eps)
 
 

@@ -26,7 +26,7 @@ from .interrupts import ending
 from .options import add_command, add_mesh, chosen_mesh, ids, number, whole
 from .tokens import check_text
 
-SAMPLERS = {
+SAYS = {
     "repetition_penalty": "divide the logits of tokens seen before by X",
     "temperature": "divide the logits by X; 0 always takes the most likely token",
     "top_k": "keep the N most likely tokens",
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         for sampler, default in Sampling()._asdict().items():
             shown = "" if default is None else f" (default: the model's own, or {default})"
             flag, kind = f"--{sampler.replace('_', '-')}", whole if LIMITS[sampler][2] is None else number
-            option(flag, type=kind, metavar="N" if kind is whole else "X", help=SAMPLERS[sampler] + shown)
+            option(flag, type=kind, metavar="N" if kind is whole else "X", help=SAYS[sampler] + shown)
         option("--seed", type=whole, metavar="N", help="the same text every time (default: a new seed)")
         option("--stop", action="append", metavar="TEXT", help="end before TEXT; may be given more than once")
         if name == "chat":

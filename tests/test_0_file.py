@@ -66,16 +66,14 @@ def test_references_point_upwards_only() -> None:
 def test_the_maths_is_neither_compiled_nor_differentiated() -> None:
     """The batch axis appears in part 5 alone. Compiling, differentiating and devices are for who uses the library."""
     for node in ast.walk(TREE):
-        if isinstance(node, ast.Attribute):
-            assert node.attr not in ("jit", "grad", "value_and_grad", "checkpoint", "sharding", "scan"), node.lineno
+        names = [node.attr] if isinstance(node, ast.Attribute) else [node.name] if isinstance(node, ast.alias) else []
+        assert not {*names} & {"jit", "grad", "value_and_grad", "checkpoint", "sharding", "scan"}, names
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "*batch" in node.value:
             assert part_of(node.lineno) == 5, f"line {node.lineno}: {node.value}"
 
 
-AXES = {
-    *re.findall(r"(?:^| {3})(\w+) {2,}\w", ll.__doc__ or "", re.MULTILINE),
-    *re.findall(r"`(\w+)`", ll.__doc__ or ""),
-}
+TABLE = {*re.findall(r"(?:^ {4}| {3})(\w+) {2,}[a-z]", (ll.__doc__ or "").split("Others")[0], re.MULTILINE)}
+AXES = TABLE | {"ctx", "seq", "pairs", "n", "batch", "rank", "inputs", "outputs"}
 
 
 def test_every_vmap_says_which_axis_it_adds() -> None:
@@ -87,12 +85,13 @@ def test_every_vmap_says_which_axis_it_adds() -> None:
 
 
 def test_the_table_of_axes_is_complete() -> None:
-    """Every axis in an annotation is described at the top; those of parameters are fields of `Config`."""
+    """Every axis in an annotation is described at the top; the table is of those that are fields of `Config`."""
     annotated = re.findall(r'\b(?:Float|Int|Integer|Bool)\[[^"\]]+, "([^"]*)"\]', SOURCE)
     assert len(annotated) > 50
     assert {axis.lstrip("*") for text in annotated for axis in text.split()} - {"..."} <= AXES
     of_parameters = {axis for names in jax.tree.leaves(ll.axes(SMALL)) for axis in names.split()}
-    assert of_parameters <= {*ll.Config.__dataclass_fields__}
+    assert of_parameters | {"layers"} == TABLE and {*ll.Config.__dataclass_fields__} >= TABLE
+    assert {f"`{axis}`" for axis in AXES - TABLE} <= {*re.findall(r"`\w+`", ll.__doc__ or "")}
 
 
 SEAMS = {"attend", "attention", "samplers", "draw"}
@@ -246,6 +245,19 @@ def test_a_wrong_axis_is_refused(name: str, parameter: str, axis: int | None) ->
         values[parameter] = jnp.array(np.pad(array, [(0, int(i == axis)) for i in range(array.ndim)]))
     with pytest.raises((TypeCheckError, TypeError)):  # TypeError: inside, if a matrix in a tuple does not fit
         jax.eval_shape(partial(FUNCTIONS[name], **values))
+
+
+def test_axes_of_batches_that_do_not_match_are_refused() -> None:
+    """In every argument, wherever the batch has one axis too many, or a token too few."""
+    params, ids = random_params(SMALL), jnp.ones((3, 5), jnp.int32)
+    for other in (ids[None], ids[:, :4], ids[:2]):
+        for wrong in (
+            lambda other=other: ll.loss(params, ids, other, SMALL),
+            lambda other=other: ll.loss(params, ids, ids, SMALL, other),
+            lambda other=other: ll.cross_entropy(jnp.ones((3, 5, 7)), other),
+        ):
+            with pytest.raises(TypeCheckError):
+                wrong()
 
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - WITHOUT_ARRAYS))

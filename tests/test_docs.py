@@ -104,10 +104,13 @@ params = ll.init(jax.random.key(0), config)
 w, x, where = params.blocks[0], jnp.ones((3, 64)), ll.positions(0, 3, config)
 (cache, *_) = ll.empty_cache(config, 3, jnp.float32)
 for ids in (jnp.arange(3), np.arange(3), np.arange(3, dtype=np.uint16), [0, 1, 2], range(3)):
-    assert ll.logits(params, ids, config).shape == (3, 512)
+    assert ll.logits(params, ids, config, first=np.zeros(3, int)).shape == (3, 512)
+assert ll.learning_rate(0, 1, 0, 10, 0) == 1 and ll.clip(params, 1)[1] > 0
+ll.adamw(params, params, ll.moments(params), 1, 0)
 for wrong in (
     lambda: ll.logits(params, np.ones((2, 3), int), config),
     lambda: ll.logits(params, np.ones(3), config),
+    lambda: ll.logits(params, np.arange(3), config, first=np.zeros(4, int)),
     lambda: ll.loss(params, np.ones((2, 3), int), np.ones((2, 4), int), config),
     lambda: ll.block(w._replace(attn_norm=jnp.ones(63)), x, cache, where, 1e-5),
     lambda: ll.block(w._replace(ffn=w.ffn._replace(gate=w.ffn.gate.T)), x, cache, where, 1e-5),
@@ -121,6 +124,7 @@ for wrong in (
         print(type(error).__name__, str(error).splitlines()[0])
 """
 REFUSED = """
+TypeCheckError Type-check error whilst checking the parameters of lovely_llama.logits.
 TypeCheckError Type-check error whilst checking the parameters of lovely_llama.logits.
 TypeCheckError Type-check error whilst checking the parameters of lovely_llama.logits.
 TypeCheckError Type-check error whilst checking the parameters of lovely_llama.loss.

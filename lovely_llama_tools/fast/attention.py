@@ -5,18 +5,17 @@ from functools import partial
 
 from jax import checkpoint, lax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 import lovely_llama
-from lovely_llama import Attention, Cache, Positions, float32_or_wider
+from lovely_llama import Attention, Cache, Number, Positions, float32_or_wider
 
 BLOCK = 256  # keys per iteration; half that for a single token, which then reads fewer unused positions
 
 
 def attend(
     q: Float[Array, " head_dim"], keys: Float[Array, "ctx head_dim"], values: Float[Array, "ctx head_dim"],
-    last: Int[Array, ""] | int, first: Int[Array, ""] | int = 0, *, filled: Int[Array, ""] | int | None = None,
-    size: int = BLOCK,
+    last: Number, first: Number = 0, *, filled: Number | None = None, size: int = BLOCK,
 ) -> Float[Array, " head_dim"]:  # fmt: skip
     """`lovely_llama.attend` as an online softmax over blocks of `size` keys.
 

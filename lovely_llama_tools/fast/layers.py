@@ -1,4 +1,4 @@
-"""The model over its layers: in a loop or a scan, recomputed for the derivative, with results in place on a mesh."""
+"""The model over its layers: in a loop or a scan, recomputed for derivatives, and sharded over a mesh."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -9,10 +9,22 @@ import jax
 import numpy as np
 from jax import lax, vmap
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Integer
 
 import lovely_llama
-from lovely_llama import Block, Cache, Config, Params, Positions, check, checked_tokens, empty_cache, positions, shapes
+from lovely_llama import (
+    Block,
+    Cache,
+    Config,
+    Number,
+    Params,
+    Positions,
+    check,
+    checked_tokens,
+    empty_cache,
+    positions,
+    shapes,
+)
 
 from ..devices.partition import sharded
 from .attention import BLOCK, attention
@@ -65,14 +77,14 @@ def shapes_in_tuple(params: Params, config: Config) -> Params:
 
 
 def embed(params: Params, tokens: Integer[Array | np.ndarray, " seq"]) -> Float[Array, "seq dim"]:
-    """`lovely_llama.embed`, in place on a mesh."""
+    """`lovely_llama.embed`, sharded over a mesh."""
     return sharded(lovely_llama.embed(params._replace(embed=sharded(params.embed, "vocab", "")), tokens), "seq", "")
 
 
 def block(
-    w: Block, x: Float[Array, "seq dim"], cache: Cache, where: Positions, eps: float, *, size: int = BLOCK
+    w: Block, x: Float[Array, "seq dim"], cache: Cache, where: Positions, eps: Number, *, size: int = BLOCK
 ) -> tuple[Float[Array, "seq dim"], Cache]:
-    """`lovely_llama.block`, its attention by blocks of `size` keys, in place on a mesh."""
+    """`lovely_llama.block`, its attention by blocks of `size` keys, sharded over a mesh."""
     x, cache = lovely_llama.block(w, x, cache, where, eps, attention=partial(attention, size=size))
     return sharded(x, "seq", ""), cache
 
@@ -92,14 +104,14 @@ def fold_layers(
 
 def llama(
     params: Params, tokens: Integer[Array | np.ndarray, " seq"] | Sequence[int], cache: Caches,
-    start: Int[Array, ""] | int, config: Config, first: Int[Array, " seq"] | int = 0, *, keep: str = "dots",
+    start: Number, config: Config, first: Integer[Array | np.ndarray, " seq"] | int = 0, *, keep: str = "dots",
     size: int = BLOCK,
 ) -> tuple[Float[Array, "seq vocab"], Caches]:  # fmt: skip
     """`lovely_llama.llama`, whose layers may be stacked too; `keep` is a name in `KEEP`, `size` a number of keys.
 
-    With a static `start` the result is differentiable; with an array, such as `jit` makes of an argument, it is not,
-    and reads only what is filled."""
-    ids = checked_tokens(shapes_in_tuple(params, config), tokens, cache, start, config)
+    Of the cache only blocks that are filled are read. With an int for `start` the result is differentiable; with an
+    array, such as `jit` makes of an argument, it is not."""
+    ids = checked_tokens(shapes_in_tuple(params, config), tokens, cache, start, config, first)
     where = positions(start, len(ids), config, first)
     step = jax.checkpoint(lambda x, w, cache: block(w, x, cache, where, config.eps, size=size), policy=KEEP[keep])
     x, cache = fold_layers(step, embed(params, ids), params.blocks, cache)
@@ -108,7 +120,7 @@ def llama(
 
 def logits(
     params: Params, tokens: Integer[Array | np.ndarray, " seq"] | Sequence[int], config: Config,
-    first: Int[Array, " seq"] | int = 0, *, keep: str = "dots", size: int = BLOCK,
+    first: Integer[Array | np.ndarray, " seq"] | int = 0, *, keep: str = "dots", size: int = BLOCK,
 ) -> Float[Array, "seq vocab"]:  # fmt: skip
     """`llama` from position 0, without the cache."""
     caches = empty_cache(config, np.size(tokens), params.embed.dtype)

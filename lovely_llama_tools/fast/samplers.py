@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num, UInt
 
 import lovely_llama
-from lovely_llama import Number, Sampling, softmax
+from lovely_llama import Number, Sampling, float32_or_wider, softmax
 
 
 def bisect(holds: Callable[[Array], Array], width: int, dtype: Any) -> Int[Array, ""] | UInt[Array, ""]:
@@ -45,12 +45,12 @@ def top_k(logits: Float[Array, " vocab"], k: Number) -> Float[Array, " vocab"]:
 
 def top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
     """`lovely_llama.top_p`, but for sums that are closer to p than rounding."""
-    return jnp.where(largest(logits, softmax(logits), p) | (p >= 1), logits, -jnp.inf)
+    return jnp.where(largest(logits, softmax(float32_or_wider(logits)), p) | (p >= 1), logits, -jnp.inf)
 
 
 def categorical(rng: Key[Array, ""], logits: Float[Array, " vocab"]) -> Int[Array, ""]:
     """`lovely_llama.categorical`, but for sums that are closer to the number drawn than rounding."""
-    p, ids = softmax(logits), jnp.arange(len(logits))
+    p, ids = softmax(float32_or_wider(logits)), jnp.arange(len(logits))
     u = jax.random.uniform(rng, dtype=p.dtype) * p.sum()
     return bisect(lambda n: jnp.where(ids < n, p, 0).sum() <= u, len(p).bit_length(), ids.dtype)
 

@@ -142,7 +142,7 @@ def test_sharded_parameters_give_the_same_loss_and_gradients(case: str) -> None:
 
 
 def test_meshes_with_explicit_axes_do_as_well() -> None:
-    """`jax.make_mesh` makes them so by default. Every function of part 6 takes them as they are."""
+    """`jax.make_mesh` makes them so by default. The loss and what follows it take them as they are."""
     cases = [(8, False, (2, 2, 2, 1)), (4, True, (1, 2, 2, 2))]
     assert len(run(EXPLICIT, cases=cases)) == len(cases)
 

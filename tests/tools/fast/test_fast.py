@@ -56,7 +56,7 @@ def batch(way: str, config: ll.Config) -> Batch:
     return Batch(*map(jnp.array, (tokens, targets, first)))
 
 
-def results(model: Any, way: str, params: ll.Params, config: ll.Config, **options: Any) -> dict[str, Any]:
+def compute_in(model: Any, way: str, params: ll.Params, config: ll.Config, **options: Any) -> dict[str, Any]:
     """Logits, the loss and its gradient, as one of the two modules `model` computes them in a way."""
     rows = batch(way, config)
     compiled = (lambda f: f) if way == "plain" else jit
@@ -88,7 +88,7 @@ def compute(model: Any, way: str, params: ll.Params, config: ll.Config) -> dict[
     """The same, of layers that are stacked where `fast` takes them so; gradients have them in a tuple."""
     stacks = model is fast and way == "stacked"
     given = params._replace(blocks=stack(params.blocks)) if stacks else params
-    found = results(model, way, given, config, **({"size": SIZE} if model is fast else {}))
+    found = compute_in(model, way, given, config, **({"size": SIZE} if model is fast else {}))
     return {**found, "gradient": in_tuple(found["gradient"])}
 
 
@@ -99,7 +99,7 @@ CASES = [
 
 
 def errors(got: Any, want: Any) -> dict[str, float]:
-    """The relative error of each kind of result: ‖got − want‖ / ‖want‖, as a root mean square over its leaves.
+    """‖got − want‖ / ‖want‖ of each leaf, and of each kind of result their root mean square.
 
     The loss is left out: it is a mean over tokens, whose rounding errors may cancel by luck."""
 
@@ -107,9 +107,12 @@ def errors(got: Any, want: Any) -> dict[str, float]:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
-    kinds = got.keys() - {"loss"}
-    leaves = {kind: jax.tree.leaves(jax.tree.map(error, got[kind], want[kind])) for kind in kinds}
-    return {kind: float(np.sqrt(np.mean(np.square(found)))) for kind, found in leaves.items()}
+    found = dict[str, float]()
+    for kind in got.keys() - {"loss"}:
+        leaves = jax.tree.leaves_with_path(jax.tree.map(error, got[kind], want[kind]))
+        found |= {f"{kind}{jax.tree_util.keystr(path)}": value for path, value in leaves}
+        found[kind] = float(np.sqrt(np.mean(np.square([value for _, value in leaves]))))
+    return found
 
 
 @pytest.mark.usefixtures("fewer_optimisations")
@@ -125,23 +128,24 @@ def test_fast_is_the_library(name: str, way: str, dtype: Any) -> None:
         return
     exact = compute(ll, way, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), config)
     ours, theirs = errors(got, exact), errors(want, exact)
-    wrong = {what: (error, theirs[what]) for what, error in ours.items() if not error <= 1.5 * theirs[what]}
-    assert not wrong, f"got errors more than 1.5 × those of the library in bfloat16: {wrong}"
+    ratios = {what: error / theirs[what] for what, error in ours.items()}  # those of single leaves scatter more
+    wrong = {what: ratio for what, ratio in ratios.items() if not ratio <= (1.5 if what.isalpha() else 3)}
+    assert not wrong, f"got errors that are so many times those of the library in bfloat16: {wrong}"
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_kept_changes_no_result(dtype: Any) -> None:
     """Master weights in float32, arithmetic in `dtype`. Gradients have the dtype of the parameters."""
     params, rows = random_params(SMALL), batch("plain", SMALL)
-    kept = [
+    results = [
         jit(jax.value_and_grad(partial(fast.loss, config=SMALL, keep=keep, dtype=dtype)))(params, *rows[:2])
         for keep in KEEP
     ]
-    assert_close(kept[0], kept[1], 1e-5 if dtype == jnp.float32 else 5e-2)
-    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {np.dtype(np.float32)}
+    assert_close(results[0], results[1], 1e-5 if dtype == jnp.float32 else 5e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(np.float32)}
     exact = jit(partial(ll.loss, config=SMALL))(params, *rows[:2])
-    assert_close(kept[0][0], exact, 1e-6 if dtype == jnp.float32 else 1e-2)
-    assert (abs(kept[0][0] - exact) < 1e-6 * exact) == (dtype == jnp.float32)
+    assert_close(results[0][0], exact, 1e-6 if dtype == jnp.float32 else 1e-2)
+    assert (abs(results[0][0] - exact) < 1e-6 * exact) == (dtype == jnp.float32)
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ def test_blocks_that_are_not_filled_are_not_read(last: int) -> None:
 
     assert_close(attend(last + 1), want, 1e-5)
     assert_close(jit(attend)(last + 1), want, 1e-5)
-    assert last == 0 or jnp.isnan(blockwise.attend(q, k, v.at[1:].set(jnp.nan), last, size=64)).all()
+    assert beyond > 128 or jnp.isnan(blockwise.attend(q, k, v, last, size=64)).all()  # which reads them all
 
 
 def test_a_single_token_reads_half_a_block_at_a_time() -> None:

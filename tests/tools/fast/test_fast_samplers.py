@@ -36,11 +36,11 @@ def cumulative(logits: jax.Array) -> "np.ndarray[tuple[int], np.dtype[np.float64
 
 def same_set(fast: jax.Array, plain: jax.Array, logits: jax.Array, p: float) -> None:
     """The same tokens remain; or a few more in one, where the sum at the cut is as near to p as rounding."""
-    kept, expected = (np.isfinite(np.asarray(x)) for x in (fast, plain))
-    if (kept == expected).all():
+    found, expected = (np.isfinite(np.asarray(x)) for x in (fast, plain))
+    if (found == expected).all():
         np.testing.assert_array_equal(np.asarray(fast), np.asarray(plain))
         return
-    fewer, more = sorted((kept, expected), key=np.sum)
+    fewer, more = sorted((found, expected), key=np.sum)
     assert (fewer <= more).all(), "neither set holds the other"
     sums = cumulative(logits)[fewer.sum() - 1 : more.sum() - 1]
     assert np.abs(sums - p).max() <= ROUNDING, f"sums {sums} at the cut, expected {p}"
