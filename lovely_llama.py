@@ -681,8 +681,8 @@ def checked_batch(tokens: Any, targets: Any, config: Config, first: Any) -> tupl
     ids, answers = (cast(Any, rows if is_traced(rows) else np.asarray(rows)) for rows in (tokens, targets))
     check("targets", answers.shape, answers.shape == ids.shape, f"{ids.shape}, as tokens")
     check("tokens", ids.shape, (0,) < ids.shape[-1:] <= (config.ctx,), f"rows of 1 to {config.ctx}")
-    later = cast(Any, np.greater(0 if is_traced(first) else first, np.arange(ids.shape[-1])))
-    check("first", "a later token", not later.any(), "no later one")
+    later = np.greater(0 if is_traced(first) else first, range(ids.shape[-1]))
+    check("first", "a later token", not np.any(later), "no later one")
     if not is_traced(ids):
         check_tokens(ids.ravel(), config.vocab, ids.size)
     if not is_traced(answers):

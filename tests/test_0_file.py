@@ -159,7 +159,9 @@ FUNCTIONS = {
     for name, function in inspect.getmembers(ll, inspect.isfunction)
     if function.__module__ == ll.__name__ and 2 <= part_of(inspect.unwrap(function).__code__.co_firstlineno) <= 6
 }
-NUMBERS = {"return", "start", "last", "first", "penalty", "t", "k", "p", "rate"}  # which may be plain ones
+# Arguments that are numbers, of Python or in an array.
+NUMBERS = {"return", "start", "last", "first", "penalty", "t", "k", "p", "rate", "eps", "decay", "limit", "scale"}
+PLAIN = NUMBERS - {"first", "rate"}
 WITHOUT_ARRAYS = {  # some have trees of them
     "rope_frequencies", "empty_cache", "axes", "shapes", "count", "clip", "moments", "adapt", "learning_rate",
 }  # fmt: skip
@@ -188,7 +190,9 @@ def test_every_array_has_its_axes_in_the_signature(name: str) -> None:
     assert set(annotations) == {*inspect.signature(FUNCTIONS[name]).parameters, "return"}
     for parameter, annotation in annotations.items():
         assert Array not in [p for p in parts(annotation) if "Callable" not in repr(annotation)], parameter
-    assert (name in WITHOUT_ARRAYS) == (not any(axes(a) is not None for n, a in annotations.items() if n != "return"))
+    assert (name in WITHOUT_ARRAYS) == (
+        not any(axes(a) is not None for n, a in annotations.items() if n not in NUMBERS)
+    )
 
 
 def arguments(name: str) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class Ours(NamedTuple):
             return ll.llama(self.params, tokens, cache, start, SMALL)
 
         first, caches = jax.jit(vmap(run))(padded[:, :1], caches, jnp.zeros(len(tokens), int))
-        rest, _ = jax.jit(vmap(run))(padded[:, 1:], caches, jnp.ones(len(tokens), int))
+        rest = first[:, :0]
+        if width > 1:
+            rest, _ = jax.jit(vmap(run))(padded[:, 1:], caches, jnp.ones(len(tokens), int))
         together = jnp.concatenate([first, rest], axis=1)
         return [scores[: len(row)] for scores, row in zip(together, tokens, strict=True)]
 

@@ -99,7 +99,7 @@ CASES = [
 
 
 def errors(got: Any, want: Any) -> dict[str, float]:
-    """‖got − want‖ / ‖want‖ of each leaf, and of each kind of result their root mean square.
+    """‖got − want‖ / ‖want‖ of each leaf; and of each kind of result their root mean square, and the worst.
 
     The loss is left out: it is a mean over tokens, whose rounding errors may cancel by luck."""
 
@@ -110,8 +110,9 @@ def errors(got: Any, want: Any) -> dict[str, float]:
     found = dict[str, float]()
     for kind in got.keys() - {"loss"}:
         leaves = jax.tree.leaves_with_path(jax.tree.map(error, got[kind], want[kind]))
+        values = [value for _, value in leaves]
         found |= {f"{kind}{jax.tree_util.keystr(path)}": value for path, value in leaves}
-        found[kind] = float(np.sqrt(np.mean(np.square([value for _, value in leaves]))))
+        found |= {kind: float(np.sqrt(np.mean(np.square(values)))), f"{kind}, the worst": max(values)}
     return found
 
 
@@ -128,9 +129,11 @@ def test_fast_is_the_library(name: str, way: str, dtype: Any) -> None:
         return
     exact = compute(ll, way, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), config)
     ours, theirs = errors(got, exact), errors(want, exact)
-    ratios = {what: error / theirs[what] for what, error in ours.items()}  # those of single leaves scatter more
-    wrong = {what: ratio for what, ratio in ratios.items() if not ratio <= (1.5 if what.isalpha() else 3)}
-    assert not wrong, f"got errors that are so many times those of the library in bfloat16: {wrong}"
+    for kind in got.keys() - {"loss"}:  # single leaves scatter more than all together
+        assert ours[kind] <= 1.5 * theirs[kind], f"{kind}: {ours[kind]:.1e}, the library's own {theirs[kind]:.1e}"
+        worst = 2 * theirs[f"{kind}, the worst"]
+        wrong = {what: error for what, error in ours.items() if what.startswith(kind) and not error <= worst}
+        assert not wrong, f"got errors above {worst:.1e}: {wrong}"
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
