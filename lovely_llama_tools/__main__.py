@@ -1,6 +1,6 @@
-"""The command line as a process: signals, streams that are closed or ASCII, and compiled programs that are kept.
+"""The command line as a process: signals, closed or ASCII streams, and the cache of compiled programs.
 
-Until signals are taken care of, nothing is imported that takes time.
+Nothing that takes time is imported before signal handlers are installed.
 """
 
 import os
@@ -13,14 +13,14 @@ from typing import Any, cast
 
 from .interrupts import PARENT, SIGNALS, taken
 
-PROGRAMS = 2**28  # bytes of compiled programs that are kept; the least recently used go first
+PROGRAMS = 2**28  # bytes of cached programs; the least recently used are deleted first
 
 
 def leave_on_interrupt() -> None:
-    """Exit with 130 on Ctrl-C and 143 on SIGTERM at once, even during a compilation, unless something else ends on it.
+    """Exit at once with 130 on Ctrl-C and 143 on SIGTERM, even during a compilation, unless the signal is handled.
 
-    Python's own handlers wait until the compiler returns, but the signal's number is written to a pipe immediately.
-    Where there is a parent, it passes signals on, so that one that was sent to both counts once.
+    Python's own handlers wait until the compiler returns, but the signal's number is written to a pipe immediately. A
+    parent process passes signals on, so that one sent to both counts once.
     """
     import termios
 
@@ -54,10 +54,10 @@ def leave_on_interrupt() -> None:
 
 
 def start_enough_threads() -> None:
-    """Where a CPU is divided into several devices, have XLA start four threads for each.
+    """If a CPU is divided into several devices, let XLA start four threads for each.
 
-    By itself it starts one. A thread that waits for what other devices send is blocked, and a program may wait for
-    several things at once: there would be none left to compute what all are waiting for.
+    Its default is one. A thread that waits for other devices is blocked, and a program may wait for several transfers
+    at a time, which would leave no thread to compute what all are waiting for.
     """
     devices = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if devices and int(devices[1]) > 1:
@@ -65,10 +65,11 @@ def start_enough_threads() -> None:
 
 
 def keep_programs(folder: Path) -> None:
-    """Keep compiled programs in a folder: each whole or not at all, and all within `PROGRAMS` bytes.
+    """Cache compiled programs in a folder, written atomically, verified on reading, at most `PROGRAMS` bytes together.
 
-    jax writes them in place, and would warn of one that was cut short at every later start. Where a program cannot be
-    written, one line says so.
+    jax's own cache writes in place, and warns at every later start of a program that was cut short. Its limit,
+    `jax_compilation_cache_max_size`, needs filelock and fails on an entry without its `-atime` file. The class to
+    replace has no public name. If a program cannot be written, one line says so.
     """
     import contextlib
     import hashlib
@@ -84,7 +85,7 @@ def keep_programs(folder: Path) -> None:
             print(f"warning: {folder}: compiled programs are not kept: {error.strerror}", file=sys.stderr)
         warned.append(str(error))
 
-    class Kept(caching.LRUCache):
+    class CheckedCache(caching.LRUCache):
         """jax's cache, with a checksum before each program."""
 
         def get(self, key: str) -> bytes | None:
@@ -117,7 +118,7 @@ def keep_programs(folder: Path) -> None:
     except OSError as error:
         warn(error)
         return
-    caching.get_file_cache = lambda path: (Kept(path, max_size=-1), path)  # pyright: ignore
+    caching.get_file_cache = lambda path: (CheckedCache(path, max_size=-1), path)  # pyright: ignore
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -126,8 +127,8 @@ def run() -> int:
     """The command line, as a program of its own."""
     leave_on_interrupt()
     start_enough_threads()
-    from .cluster import leave
     from .commands import main
+    from .devices.cluster import leave
 
     for stream in filter(None, cast(Any, (sys.stdout, sys.stderr))):  # None: closed
         stream.reconfigure(errors="backslashreplace")

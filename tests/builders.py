@@ -19,8 +19,8 @@ from jax import numpy as jnp
 from safetensors import safe_open
 
 from lovely_llama import Block, Config, Params, RopeScaling, shapes
-from lovely_llama_tools.formats import Model
-from lovely_llama_tools.layout import GGUF, Layout, all_tensors
+from lovely_llama_tools.formats.layout import GGUF, Layout, all_tensors
+from lovely_llama_tools.formats.model import Model
 from lovely_llama_tools.tokens import Tokenizer
 
 Arrays = dict[str, "np.ndarray[tuple[int, ...], Any]"]

@@ -1,10 +1,12 @@
 """Settings for all tests: shape checks and strict promotion; and recordings of llama2.c as a fixture."""
 
+import ctypes
 import gc
 import importlib.util
 import os
 import platform
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from builders import LLAMA2_C, RECORDED, Recording, load_recording  # noqa: E402
 from machine import processor  # noqa: E402
 
 LIVE = [f"live_{i}" for i in range(4)]
+GROWTH = 0.3 * 2**30
 
 gc.set_threshold(50_000)  # from 700: the packages hold millions of objects, which every full collection would visit
 
@@ -36,6 +39,27 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Drop compiled programs, and return their memory to the system, once a worker has grown by `GROWTH`."""
+    yield
+    if resident() > floor[0] + GROWTH:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed in small pieces
+        floor[0] = resident()
+
+
+floor = [2**30]
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 where the system has no /proc."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmRSS:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 @pytest.fixture
@@ -65,16 +89,8 @@ def no_type_checks() -> Iterator[None]:
 
 
 @pytest.fixture
-def all_optimisations() -> None:
-    """Compile as for users, in a module that otherwise compiles in less time."""
-
-
-@pytest.fixture
-def fewer_optimisations(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile in less time, also single operations, for programs that are run only once or twice."""
-    if "all_optimisations" in request.fixturenames:
-        yield
-        return
+def fewer_optimisations() -> Iterator[None]:
+    """Compile in less time, also single operations, where it is not their numbers that are tested."""
     compiler: Any = importlib.import_module("jax._src.compiler")
     options = compiler.get_compile_options
 

@@ -32,7 +32,6 @@ from lovely_llama import (
     swiglu,
 )
 
-pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 Vector = Any  # a numpy array in float64
 
 # ---- Parity with llama2.c: its outer axes are batch, seq and heads; argument names are its own -----------------------

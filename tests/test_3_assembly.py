@@ -31,10 +31,9 @@ from lovely_llama import (
     positions,
     shapes,
 )
+from lovely_llama_tools.formats.layout import LLAMA2C, all_tensors
 from lovely_llama_tools.formats.llama2c import from_llama2c
-from lovely_llama_tools.layout import LLAMA2C, all_tensors
 
-pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 PARAMS = random_params(SMALL)
 TOKENS = jnp.array([3, 28, 0, 17, 3, 9, 21])
 run = jit(llama, static_argnames="config")  # `start` is traced: one program serves all

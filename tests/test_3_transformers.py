@@ -23,10 +23,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lovely_llama as ll
 from lovely_llama_tools.formats.hugging_face import from_hf
-from lovely_llama_tools.layout import rope_scaling
+from lovely_llama_tools.formats.layout import rope_scaling
 
 torch.set_num_threads(1)  # otherwise torch's threads and jax's contend for the cores
-pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 VALUES, GRADIENTS, LOSS = 1e-5, 5e-5, 1e-6
 
 # ---- Random configs --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from asserts import assert_close, jit
-from builders import SMALL, Recording, layers_of, random_params
+from builders import RECORDED, SMALL, Recording, layers_of, load_recording, random_params
 from jax import numpy as jnp
 from jax.test_util import check_grads
 
@@ -31,12 +31,10 @@ from lovely_llama import (
     moments,
     shapes,
 )
-from lovely_llama_tools import fast
 from lovely_llama_tools.fast.layers import stack
 from lovely_llama_tools.formats.llama2c import from_llama2c
 
 optax: Any = importlib.import_module("optax")  # which is partly untyped
-pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 PARAMS = random_params(SMALL)
 TOKENS = np.array([[3, 28, 0, 17, 3], [9, 21, 11, 5, 5], [1, 2, 3, 4, 5]], np.int32)
 TARGETS = np.array([[28, 0, 17, -1, 28], [-1, -1, 5, 5, 9], [0, -1, -1, -1, -1]], np.int32)
@@ -242,38 +240,42 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert learning_rate(0, 1.0, 0, 0, 0.5) == 1
 
 
-def test_a_run_of_llama2c_is_reproduced(recording: Recording, x64: None) -> None:
-    """Twenty steps of its model and optimiser: each loss, rate and norm, and the parameters at the end.
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_run_of_llama2c_is_reproduced(name: str) -> None:
+    """Twenty steps of its model and optimiser: each loss, rate and norm, and how each parameter changes over all.
 
-    Ours are in float64, so that the differences are llama2.c's rounding alone. That of the deep models is amplified
-    from step to step. Layers are stacked, as in training.
+    Both are in float32. The parameters change by 1 to 10 %: compared with themselves, they would agree untrained to
+    that. Rounding is amplified from step to step, more so in the deep models.
     """
-    if "train.loss" not in recording.arrays:  # a live checkout records no run
-        return
+    recording = load_recording(name)
     config, arrays, train = recording.config, recording.arrays, recording.train
-    bound = 1e-2 if config.layers > 10 else 1e-4
-    tokens, losses, rates = (arrays[f"train.{name}"] for name in ("tokens", "loss", "lr"))
-    gradient = jit(partial(fast.accumulate, partial(fast.loss, config=config)))
-    shrink, update = jit(partial(clip, limit=train["grad_clip"])), jit(partial(adamw, decay=train["weight_decay"]))
+    norms, changes = (1e-2, 1e-3) if config.layers > 10 else (2e-5, 1e-4)
+    settings = (train["learning_rate"], train["warmup_iters"], train["lr_decay_iters"], train["min_lr"])
 
-    def read(prefix: str) -> Params:
-        named = {name: np.asarray(array, np.float64) for name, array in recording.under(prefix).items()}
-        params = from_llama2c(named, config)
-        return params._replace(blocks=stack(layers_of(params)))
+    @jax.jit
+    def gradients_of(params: Params, batch: Any) -> tuple[jax.Array, Params]:
+        def mean(params: Params) -> jax.Array:
+            return jax.vmap(lambda ids: loss(params, ids[:, :-1], ids[:, 1:], config))(batch).mean()
 
-    params = read("param.")
+        return jax.value_and_grad(mean)(params)
+
+    shrink = jax.jit(partial(clip, limit=train["grad_clip"]))
+    update: Any = jax.jit(partial(adamw, decay=train["weight_decay"]))
+    first = params = from_llama2c(recording.under("param."), config)
     remembered = moments(params)
+    tokens, losses, rates = (arrays[f"train.{name}"] for name in ("tokens", "loss", "lr"))
     for step, (batch, want, rate) in enumerate(zip(tokens, losses, rates, strict=True)):
-        settings = (train["learning_rate"], train["warmup_iters"], train["lr_decay_iters"], train["min_lr"])
         assert learning_rate(step, *settings) == rate
-        value, gradients = gradient(params, batch[..., :-1], batch[..., 1:])
+        value, gradients = gradients_of(params, batch)
         if not step:  # the first step's gradient was added to one that was still there
-            gradients = jax.tree.map(lambda a, b: a + b, gradients, read("grad."))
+            gradients = jax.tree.map(lambda a, b: a + b, gradients, from_llama2c(recording.under("grad."), config))
         gradients, norm = shrink(gradients)
-        params, remembered = update(params, gradients, remembered, np.float64(rate))
+        params, remembered = update(params, gradients, remembered, np.float32(rate))
         assert_close(value, want, 1e-5, f"loss {step}")
-        assert_close(norm, arrays["train.grad_norm"][step], bound, f"norm {step}")
-    assert_close(params, read("train.param."), bound)
+        assert_close(norm, arrays["train.grad_norm"][step], norms, f"norm {step}")
+    last = from_llama2c(recording.under("train.param."), config)
+    got, want = (jax.tree.map(lambda a, b: a - b, end, first) for end in (params, last))
+    assert_close(got, want, changes)
 
 
 def test_the_curve_is_that_of_torch() -> None:

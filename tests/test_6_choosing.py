@@ -13,7 +13,6 @@ from jax import numpy as jnp
 
 import lovely_llama as ll
 
-pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 INF = math.inf
 quick = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 

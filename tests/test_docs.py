@@ -27,8 +27,9 @@ from soak import QUICK
 from test_dev import load_dev
 
 import lovely_llama
-from lovely_llama_tools import files, talk
+from lovely_llama_tools.commands import chat as talk
 from lovely_llama_tools.comparing import properties
+from lovely_llama_tools.formats import files
 
 ROOT = Path(__file__).parents[1]
 DEV = load_dev()
@@ -210,7 +211,7 @@ def test_a_sampler_is_added_as_described(tmp_path: Path) -> None:
         source = source.replace(before, added + before)
     (tmp_path / "lovely_llama.py").write_text(source)
     shutil.copytree(ROOT / "lovely_llama_tools", tmp_path / "lovely_llama_tools")
-    talk, says = tmp_path / "lovely_llama_tools" / "talk.py", '    "min_p": "keep'
+    talk, says = tmp_path / "lovely_llama_tools" / "commands" / "chat.py", '    "min_p": "keep'
     talk.write_text(talk.read_text().replace(says, '    "sparse": "keep every n-th token",\n' + says))
     code = (
         "import jax.numpy as jnp; from lovely_llama import Sampling; from lovely_llama_tools import commands\n"

@@ -1,1 +1,4 @@
-"""The library turned outward: what somebody else's Llama is checked against (`properties`)."""
+"""The reference turned outward: checks of somebody else's Llama against the library alone, never against `fast`.
+
+`properties` asks what every Llama must satisfy: causality, caching, batching, rotation, heads.
+"""

@@ -1,1 +1,5 @@
-"""Several devices: how the axes of arrays are split over a mesh of them (`partition`)."""
+"""Several devices and processes.
+
+`mesh` (names and sizes of its axes), `partition` (how arrays are split, read off their annotations), `cluster`
+(processes of one program that work together), `processes` (child processes and how they end).
+"""

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lovely_llama import Config, Params, axes, check
+from lovely_llama import Block, Config, Params, axes, check
 
 # The axes of a mesh over which each of our axes is split. "tensor" divides each product of a layer, Shoeybi et al.
 # 2019, arXiv:1909.08053, §3; "fsdp" stores matrices in parts, Rajbhandari et al. 2019, arXiv:1910.02054, §5 (ZeRO).
@@ -34,6 +34,11 @@ def sharded(x: Float[Array, "*shape"], *axes: str) -> Float[Array, "*shape"]:
     """x, on a mesh of devices (`jax.set_mesh`) split by its axes, where "" is one that stays whole; else unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, split(axes, mesh.axis_names))
+
+
+def is_stacked(params: Params) -> bool:
+    """Whether the layers of a model are stacked on an axis, in one Block, and not in a tuple."""
+    return isinstance(cast(Any, params.blocks), Block)
 
 
 def specs(config: Config, mesh: Mapping[str, int] | None = None) -> Params:

@@ -26,7 +26,7 @@ from lovely_llama import (
     shapes,
 )
 
-from ..devices.partition import sharded
+from ..devices.partition import is_stacked, sharded
 from .attention import BLOCK, attention
 
 Caches = tuple[Cache, ...] | Cache  # of all layers, in a tuple or stacked as their blocks are
@@ -42,11 +42,6 @@ KEEP = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "nothi
 def stack(layers: tuple[Any, ...]) -> Any:
     """The blocks in a tuple, or their caches, as one with a leading axis of layers."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-
-
-def is_stacked(params: Params) -> bool:
-    """Whether the layers of a model are stacked on an axis."""
-    return isinstance(cast(Any, params.blocks), Block)
 
 
 def in_tuple(params: Params) -> Params:

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from lovely_llama import Config, Sampling, check, check_sampling, check_tensors
 
 from ..extras import extra, progress
-from ..layout import GGUF, all_tensors, to_named
 from ..tokens import gguf_tokenizer, tokenizer_fields
-from . import DTYPES, Checkpoint, Model, Tensor, blamed_on, finite, narrowed, read_at, widened
 from .gguf_header import Stored, read_header, shortest
 from .gguf_rope import FREQUENCIES, OWN, OWN_PREFIX, factors_of, read_scaling, scaling_of, write_scaling
+from .layout import GGUF, all_tensors, to_named
+from .model import DTYPES, Checkpoint, Model, Tensor, blamed_on, finite, narrowed, read_at, widened
 
 PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lovely_llama import LlamaError, check
 
-from . import open_file
+from .model import open_file
 
 
 class Kind(NamedTuple):

@@ -11,8 +11,8 @@ from jaxtyping import Float
 
 from lovely_llama import Config, LlamaError, RopeScaling, check, rope_frequencies
 
-from ..layout import rope_scaling
 from .gguf_header import shortest
+from .layout import rope_scaling
 
 FREQUENCIES = "rope_freqs.weight"  # by what llama.cpp divides the frequencies of rotary pairs
 # Keys that other programs ignore: exactly which scaling of llama3 the factors came from.

@@ -14,10 +14,10 @@ from jaxtyping import Float
 
 from lovely_llama import Config, Params, Sampling, check, check_sampling, check_tensors, is_number, is_whole
 
-from ..layout import HUGGING_FACE, NAMES, all_tensors, from_arrays, to_arrays, to_named
 from ..tokens import Tokenizer, folder_tokenizer, tokenizer_files
-from . import Checkpoint, Model, Tensor, narrowed, open_file
 from .hugging_face_config import config_to_hf, read_config, read_fields
+from .layout import HUGGING_FACE, NAMES, all_tensors, from_arrays, to_arrays, to_named
+from .model import Checkpoint, Model, Tensor, narrowed, open_file
 from .safetensors import KINDS, Place, read_tensor, scan_safetensors, write_safetensors
 
 CONFIG, GENERATION, WEIGHTS, INDEX = (

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from lovely_llama import Config, LlamaError, RopeScaling, check, is_number
 
-from ..layout import rope_scaling
 from ..strict_json import read_json
-from . import open_file
+from .layout import rope_scaling
+from .model import open_file
 
 # The field of `Config` that each describes: whole numbers, all required.
 SIZES = {

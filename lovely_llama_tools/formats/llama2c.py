@@ -16,9 +16,9 @@ from jaxtyping import Float, Int8
 
 from lovely_llama import Config, LlamaError, Params, check
 
-from ..layout import LLAMA2C, NAMES, all_tensors, from_arrays, to_arrays, to_named
 from ..tokens import Tokenizer, bin_tokenizer, folder_tokenizer, tokenizer_bin, tokenizer_files
-from . import Checkpoint, Model, Tensor, blamed_on, narrowed, open_file, read_at
+from .layout import LLAMA2C, NAMES, all_tensors, from_arrays, to_arrays, to_named
+from .model import Checkpoint, Model, Tensor, blamed_on, narrowed, open_file, read_at
 
 MAGIC = b"24ka"  # of versions 1 and 2; version 0 has none
 SIZES = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")

@@ -14,11 +14,11 @@ from jaxtyping import Float
 
 from lovely_llama import CONFIGS, Config, RopeScaling, check, check_tensors, is_number, is_whole
 
-from ..layout import LLAMA2C, NAMES, all_tensors
 from ..tokens import folder_tokenizer
-from . import Checkpoint, Tensor, blamed_on
 from .hugging_face import check_links
 from .hugging_face_config import read_fields
+from .layout import LLAMA2C, NAMES, all_tensors
+from .model import Checkpoint, Tensor, blamed_on
 from .pth import Part
 
 PARAMS = "params.json"

@@ -21,10 +21,10 @@ from jaxtyping import Float
 from lovely_llama import Config, LlamaError, check, check_tensors
 
 from ..extras import extra
-from ..layout import OURS, all_tensors
-from . import Checkpoint, Tensor
 from .hugging_face import CONFIG, check_links, read_tokenizer
 from .hugging_face_config import read_config, read_fields
+from .layout import OURS, all_tensors
+from .model import Checkpoint, Tensor
 
 ORBAX, METADATA, EXTRA = "orbax", "_METADATA", "scale"
 PARAMS, NORMS = "params", "params.blocks.attn_norm"  # the part of the tree that is the model; its smallest stack

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from lovely_llama import LlamaError, check
 
 from ..extras import extra
-from . import Tensor, open_file
+from .model import Tensor, open_file
 
 OLDEST = (2, 10)  # of torch: before it, weights_only did not keep all code from running
 KINDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}

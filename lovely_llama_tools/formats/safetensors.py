@@ -16,7 +16,7 @@ from jaxtyping import Float
 from lovely_llama import check, is_whole
 
 from ..strict_json import read_json
-from . import read_at
+from .model import read_at
 
 KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 HEADER = 2**21  # bytes; those of a Llama of a thousand layers need half of that
@@ -74,7 +74,7 @@ def read_tensor(file: BinaryIO, path: Path, name: str, place: Place) -> Float[np
 def write_safetensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, get: Callable[[str], Float[np.ndarray, "..."]]
 ) -> None:
-    """Write tensors of one dtype, each asked for when it is written."""
+    """Write tensors of one dtype, one at a time in memory; the package safetensors needs all of them at once."""
     header, at = dict[str, Any](__metadata__={"format": "pt"}), 0  # without which transformers reads none of it
     for name, shape in shapes.items():
         end = at + KINDS[dtype].itemsize * math.prod(shape)

@@ -1,4 +1,8 @@
-"""Tokenizers: text to ids and back, by whichever library, from whichever file."""
+"""Tokenizers: text to ids and back.
+
+`base` defines `Tokenizer`; `pieces`, `ranks`, `characters` and `pipelines` are the kinds; `folders` and `gguf_fields`
+find them in files, `converting` writes them for other programs, `training` learns new ones.
+"""
 
 from .base import Tokenizer as Tokenizer
 from .base import check_template as check_template

@@ -37,17 +37,18 @@ from machine import processor
 from transformers.generation.streamers import BaseStreamer
 
 import lovely_llama as ll
-from lovely_llama_tools import fast, learn
-from lovely_llama_tools.chat import chat_prompt
-from lovely_llama_tools.data import ahead, prepare
+from lovely_llama_tools import fast
+from lovely_llama_tools.data.prepare import ahead, prepare
 from lovely_llama_tools.fast.layers import stacked_shapes
-from lovely_llama_tools.files import default_model, load
-from lovely_llama_tools.formats import Model
+from lovely_llama_tools.formats.files import default_model, load
 from lovely_llama_tools.formats.hugging_face import from_hf
 from lovely_llama_tools.formats.llama2c import to_llama2c
-from lovely_llama_tools.generate import Session, read, read_layer, read_tokens
-from lovely_llama_tools.settings import Settings, rows_at_once
+from lovely_llama_tools.formats.model import Model
+from lovely_llama_tools.inference.chat import chat_prompt
+from lovely_llama_tools.inference.generate import Session, read, read_layer, read_tokens
 from lovely_llama_tools.tokens import Tokenizer
+from lovely_llama_tools.training import step as training_step
+from lovely_llama_tools.training.settings import Settings, default_micro_batch
 
 THREADS, BUSY, BUSY_IN = 2, 0.2, "The machine was busy, spread or others above 20 %, in"
 ROOT = Path(__file__).resolve().parents[2]
@@ -326,23 +327,25 @@ def slopes(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
     return race(turns, "tokens/s", rate(n, ours), peers)
 
 
-def recipe(config: ll.Config, batch: int, seq: int) -> learn.Recipe:
+def options(config: ll.Config, batch: int, seq: int) -> training_step.StepOptions:
     """What `lovely-llama train` compiles into a step by default."""
     settings = Settings(batch=batch, ctx=seq)
-    return learn.Recipe(config, rows_at_once(settings, config), 1.0, 0.1, (0.9, 0.95), "float32", "dots", 1.0)
+    return training_step.StepOptions(
+        config, default_micro_batch(settings, config), 1.0, 0.1, (0.9, 0.95), "float32", "dots", 1.0
+    )
 
 
 def whole_step(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]:
     """A step of training: gradients, clipped, into AdamW, with the same rate and decay in both."""
     model, tokens = pair(name).session.model, np.random.default_rng(0).integers(3, 32000, (batch, seq + 1), np.int32)
     oracle, rate_of, n = copy.deepcopy(pair(name).oracle), jnp.float32(1e-4), batch * seq
-    base, trained, moments = learn.beginner(None, learn.stacked(model.params))
+    base, trained, moments = training_step.initial_state(None, training_step.stacked(model.params))
     rows: Any = (tokens[:, :-1], tokens[:, 1:])
-    how = recipe(model.config, batch, seq)
+    how = options(model.config, batch, seq)
 
     def ours() -> Any:
         nonlocal trained, moments
-        trained, moments, report = learn.step(base, trained, moments, rate_of, rows, how)
+        trained, moments, report = training_step.step(base, trained, moments, rate_of, rows, how)
         return report.loss
 
     decaying = [w for name, w in oracle.named_parameters() if "norm" not in name]
@@ -380,9 +383,11 @@ def whole_step(turns: int, name: str, batch: int, seq: int) -> Iterator[Against]
 def step_memory(_: int, name: str, batch: int, seq: int) -> Iterator[Against]:
     """The temporary memory of such a step, as reported by the compiler. Nothing is run."""
     config = ll.CONFIGS[name]
-    learner = jax.eval_shape(partial(learn.beginner, None), stacked_shapes(config))
+    learner = jax.eval_shape(partial(training_step.initial_state, None), stacked_shapes(config))
     rows = (jax.ShapeDtypeStruct((batch, seq), jnp.int32),) * 2
-    lowered = learn.step.lower(*learner, jax.ShapeDtypeStruct((), jnp.float32), rows, recipe(config, batch, seq))
+    lowered = training_step.step.lower(
+        *learner, jax.ShapeDtypeStruct((), jnp.float32), rows, options(config, batch, seq)
+    )
     analysis = lowered.compile().memory_analysis()
     assert analysis
     yield Against("a bound", "MB", [analysis.temp_size_in_bytes / 1e6])
@@ -449,7 +454,7 @@ def chat(turns: int) -> Iterator[Against]:
         yield Against(f"memory, cache {state}; the weights", "MB", run[:, 2] - jaxes[:, 2], weights)
 
 
-STORY = "Tell me a long story about a lighthouse keeper and the sea."
+STORY = "Tell me a long story about a lighthouse checkpointer and the sea."
 WAITS = """
 import os, subprocess, sys, time
 child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

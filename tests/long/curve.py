@@ -20,9 +20,9 @@ from jaxtyping import Int
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lovely_llama as ll
-from lovely_llama_tools.figures import COLOURS, new_figure, style, write_figure
 from lovely_llama_tools.formats.hugging_face import to_hf
 from lovely_llama_tools.formats.hugging_face_config import config_to_hf
+from lovely_llama_tools.pictures.style import COLOURS, new_figure, style, write_figure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE, PICTURE, MARKS = DOCS / "training.md", DOCS / "curve.png", ("<!-- curve -->\n", "<!-- /curve -->")

@@ -16,9 +16,9 @@ from typing import Any
 from builders import TINY, random_params, tokenizer_of, write_talker
 
 from lovely_llama import LlamaError, RopeScaling, Sampling
-from lovely_llama_tools.files import WRITERS, load, save
-from lovely_llama_tools.formats import Model
+from lovely_llama_tools.formats.files import WRITERS, load, save
 from lovely_llama_tools.formats.gguf_header import KINDS as GGUF
+from lovely_llama_tools.formats.model import Model
 from lovely_llama_tools.formats.orbax import KINDS as ORBAX
 from lovely_llama_tools.formats.pth import KINDS as TORCH
 from lovely_llama_tools.formats.safetensors import KINDS as SAFETENSORS

@@ -21,16 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = (
-    "extras", "strict_json", "layout",
-    "fast/attention", "fast/layers", "fast/objective", "fast/samplers", "devices/partition", "comparing/properties",
-    "tokens/base", "tokens/characters", "tokens/converting", "tokens/folders", "tokens/gguf_fields", "tokens/pieces",
-    "tokens/pipelines", "tokens/ranks", "tokens/training",
-    "formats/__init__", "formats/gguf", "formats/gguf_header", "formats/gguf_rope", "formats/hugging_face",
-    "formats/hugging_face_config", "formats/llama2c", "formats/meta", "formats/orbax", "formats/pth",
-    "formats/safetensors", "hub", "files", "generate", "chat", "inspect", "interrupts", "journal", "keeping", "learn",
-    "runs", "settings", "train", "chips", "compiling", "estimates", "hlo", "plan",
-)  # fmt: skip
+PACKAGE = ROOT / "lovely_llama_tools"
+TOOLS = sorted(
+    str(path.relative_to(PACKAGE).with_suffix(""))
+    for path in PACKAGE.rglob("*.py")
+    if path.name not in ("__init__.py", "__main__.py")
+)
 
 
 class Mutant(NamedTuple):
@@ -46,7 +42,7 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # Bugs that have occurred in public code.
     Mutant("rotary pairs taken as halves", 2, "a, b = float32_or_wider(x).reshape(-1, 2).T", "a, b = float32_or_wider(x).reshape(2, -1)", 1),
-    Mutant("rows of k left as Hugging Face has them", "layout", 'array.reshape(*heads, 2, width // 2, dim)', 'array.reshape(*heads, 2, width // 2, dim) if path[-1].name == "q" else array.reshape(*heads, width // 2, 2, dim).swapaxes(-3, -2)', 2),
+    Mutant("rows of k left as Hugging Face has them", "formats/layout", 'array.reshape(*heads, 2, width // 2, dim)', 'array.reshape(*heads, 2, width // 2, dim) if path[-1].name == "q" else array.reshape(*heads, width // 2, 2, dim).swapaxes(-3, -2)', 2),
     Mutant("query heads grouped the other way", 3, "vmap(group)(w.q,", "vmap(group)(w.q.reshape(w.q.shape[1], len(w.q), *w.q.shape[2:]).swapaxes(0, 1),", 3),
     Mutant("theta not passed", 2, "config.theta ** (2", "1e4 ** (2", 4),
     Mutant("llama3 scaling missing", 2, "scaling = config.rope_scaling or RopeScaling(", "scaling = RopeScaling(", 5),
@@ -63,7 +59,7 @@ MUTANTS = [
     Mutant("cache written one late", 3, "start_index=where.start,", "start_index=where.start + 1,", 17),
     Mutant("two BOS", "tokens/base", "return bos + self.encode", "return bos + bos + self.encode", 18),
     Mutant("one EOS of several", "tokens/base", "{*ends, eos})", "{eos})", 19),
-    Mutant("a character's last bytes lost", "generate", 'getincrementaldecoder("utf-8")("replace")', 'getincrementaldecoder("utf-8")("ignore")', 20),
+    Mutant("a character's last bytes lost", "inference/generate", 'getincrementaldecoder("utf-8")("replace")', 'getincrementaldecoder("utf-8")("ignore")', 20),
     Mutant("top-p drops the token that crosses", 6, "1 + below_p.sum()))", "below_p.sum()))", 21),
     Mutant("bisected top-p drops the token that crosses", "fast/samplers", "return above | (equal & (ids <= last))", "return above | (equal & (ids < last))", 21),
     Mutant("packed documents see each other", 5, "logits(params, tokens, config, first))(rows", "logits(params, tokens, config, 0))(rows", 23),
@@ -97,7 +93,7 @@ MUTANTS = [
     Mutant("layers in a loop reversed", "fast/layers", "zip(blocks, cache,", "zip(blocks[::-1], cache,"),
     Mutant("last norm dropped", 3, "rms_norm(x, params.norm, eps), unembed)", "x, unembed)"),
     Mutant("embedding scaled", 3, "return params.embed[tokens]", "return params.embed[tokens] * params.embed.shape[1] ** 0.5"),
-    Mutant("the prompt's last token read twice", "generate", "min(len(self.tokens), len(tokens) - 1)", "min(len(self.tokens), len(tokens) - 2)"),
+    Mutant("the prompt's last token read twice", "inference/generate", "min(len(self.tokens), len(tokens) - 1)", "min(len(self.tokens), len(tokens) - 2)"),
     Mutant("count forgets a layer", 4, "(config.layers - 1) * layer", "(config.layers - 2) * layer"),
     Mutant("ignored targets counted", 5, "targets.reshape(-1) >= 0", "targets.reshape(-1) >= -1"),
     Mutant("mean over ignored targets", 5, "jnp.maximum(counted.sum(), 1).astype", "jnp.array(counted.size).astype"),
@@ -125,8 +121,8 @@ MUTANTS = [
     Mutant("bisection draws the next token", "fast/samplers", "jnp.where(ids < n, p, 0).sum() <= u", "jnp.where(ids < n - 1, p, 0).sum() <= u"),
     Mutant("min-p loses equals", 6, "probabilities >= p *", "probabilities > p *"),
     Mutant("penalty rewards negative logits", 6, "logits / penalty, logits * penalty)", "logits / penalty, logits / penalty)"),
-    Mutant("rows of k permuted by the number of query heads", "layout", "array.reshape(*heads, 2, width // 2, dim)", 'array.reshape(*heads, 2, width // 2, dim) if path[-1].name == "q" else array.reshape(config.kv_heads * config.q_per_kv, 2, -1, dim)'),
-    Mutant("GGUF's rows taken for split halves, in and out", "layout", "Layout(0, False), Layout(1, False)", "Layout(0, False), Layout(1, True)"),
+    Mutant("rows of k permuted by the number of query heads", "formats/layout", "array.reshape(*heads, 2, width // 2, dim)", 'array.reshape(*heads, 2, width // 2, dim) if path[-1].name == "q" else array.reshape(config.kv_heads * config.q_per_kv, 2, -1, dim)'),
+    Mutant("GGUF's rows taken for split halves, in and out", "formats/layout", "Layout(0, False), Layout(1, False)", "Layout(0, False), Layout(1, True)"),
     Mutant("q and k written in halves", "formats/gguf", "get, shapes = to_named(GGUF, params", "get, shapes = to_named(GGUF._replace(half_split=True), params"),
     Mutant("gains narrowed", "formats/gguf", "if len(shape) == 1:", "if len(shape) == 0:"),
     Mutant("q8_0 overflows", "formats/gguf", "largest, limit = float(max(rows.max(), -rows.min())), 127 *", "largest, limit = float(max(rows.max(), -rows.min())), 1e9 *"),
@@ -140,24 +136,24 @@ MUTANTS = [
     Mutant("every position draws alike", 6, "jax.random.fold_in(rng, position)", "rng"),
     Mutant("what was seen is forgotten", 6, "seen | (jnp.arange(len(seen)) == token)", "seen"),
     Mutant("NaN passes", 6, "jnp.where(jnp.isfinite(penalised).all(), drawn, -1)", "drawn"),
-    Mutant("the stop text is shown", "generate", "held[: min(ends)]", "held"),
-    Mutant("the cache is not moved when it grows", "generate", "widen(layer.keys, room)", "widen(layer.keys * 0, room)"),
-    Mutant("a generation trusts what another left", "generate", "if self.tokens[:known] != tokens[:known]:", "if False:"),
-    Mutant("a resume replays data", "train", "range(state.step, s.steps)", "range(s.steps - state.step)", 24),
-    Mutant("a resume skips data", "train", "range(state.step, s.steps)", "range(state.step + (state.step > 0), s.steps + (state.step > 0))", 24),
-    Mutant("a resume begins with new moments", "learn", 'read["first"], read["second"]))', 'jax.tree.map(jnp.zeros_like, read["first"]), read["second"]))', 24),
-    Mutant("a resume forgets how often it has updated", "learn", "Moments(jnp.array(updates)", "Moments(jnp.array(0)", 24),
-    Mutant("a resume forgets the best", "runs", "for name in State._fields}", 'for name in State._fields if name != "best"}', 24),
-    Mutant("an evaluation that is owed is not made up for", "train", "if state.owed and not over(run, state):", "if False:", 24),
-    Mutant("micro-batches of a batch counted as batches", "learn", "swapaxes(0, 1) for ids in rows]", "swapaxes(0, 1)[:1] for ids in rows]", 22),
-    Mutant("packed documents see each other in a step", "learn", "recipe.config, *first, keep", "recipe.config, keep", 23),
-    Mutant("gradients not clipped", "learn", "gradients, norm = clip(gradients, recipe.clip)", "_, norm = clip(gradients, recipe.clip)", 25),
-    Mutant("the rate one step late", "train", "learning_rate(state.step,", "learning_rate(state.step + 1,", 25),
-    Mutant("a step that is not finite is not skipped", "learn", "jnp.where(good, new, old)", "new"),
-    Mutant("adapters scaled twice", "learn", "partial(adapt, scale=scale)", "partial(adapt, scale=scale * scale)"),
-    Mutant("the mean of batches' means", "train", "total + n * float(loss), targets + n", "total + float(loss), targets + 1"),
-    Mutant("the best is deleted with the old", "runs", "[-last:], state.best_step}", "[-last:]}"),
-    Mutant("steps sorted as texts", "runs", "return sorted(int(name[1]) for name in names if name)", "return [int(n) for n in sorted(name[1] for name in names if name)]"),
+    Mutant("the stop text is shown", "inference/generate", "held[: min(ends)]", "held"),
+    Mutant("the cache is not moved when it grows", "inference/generate", "widen(layer.keys, room)", "widen(layer.keys * 0, room)"),
+    Mutant("a generation trusts what another left", "inference/generate", "if self.tokens[:known] != tokens[:known]:", "if False:"),
+    Mutant("a resume replays data", "training/loop", "range(progress.step, s.steps)", "range(s.steps - progress.step)", 24),
+    Mutant("a resume skips data", "training/loop", "range(progress.step, s.steps)", "range(progress.step + (progress.step > 0), s.steps + (progress.step > 0))", 24),
+    Mutant("a resume begins with new moments", "training/step", 'read["first"], read["second"]))', 'jax.tree.map(jnp.zeros_like, read["first"]), read["second"]))', 24),
+    Mutant("a resume forgets how often it has updated", "training/step", "Moments(jnp.array(updates)", "Moments(jnp.array(0)", 24),
+    Mutant("a resume forgets the best", "training/run_folder", "for name in Progress._fields}", 'for name in Progress._fields if name != "best"}', 24),
+    Mutant("an evaluation that is owed is not made up for", "training/loop", "if progress.owed and not finished(run, progress):", "if False:", 24),
+    Mutant("micro-batches of a batch counted as batches", "training/step", "swapaxes(0, 1) for ids in rows]", "swapaxes(0, 1)[:1] for ids in rows]", 22),
+    Mutant("packed documents see each other in a step", "training/step", "options.config, *first, keep", "options.config, keep", 23),
+    Mutant("gradients not clipped", "training/step", "gradients, norm = clip(gradients, options.clip)", "_, norm = clip(gradients, options.clip)", 25),
+    Mutant("the rate one step late", "training/loop", "learning_rate(progress.step,", "learning_rate(progress.step + 1,", 25),
+    Mutant("a step that is not finite is not skipped", "training/step", "jnp.where(finite, new, old)", "new"),
+    Mutant("adapters scaled twice", "training/step", "partial(adapt, scale=scale)", "partial(adapt, scale=scale * scale)"),
+    Mutant("the mean of batches' means", "training/loop", "total + n * float(loss), targets + n", "total + float(loss), targets + 1"),
+    Mutant("the best is deleted with the old", "training/run_folder", "[-last:], progress.best_step}", "[-last:]}"),
+    Mutant("steps sorted as texts", "training/run_folder", "return sorted(int(name[1]) for name in names if name)", "return [int(n) for n in sorted(name[1] for name in names if name)]"),
 ]  # fmt: skip
 
 
@@ -166,35 +162,23 @@ def file_of(where: int | str) -> str:
 
 
 def tests_of(where: int | str) -> list[str]:
-    """The tests of a part or a module."""
-    if isinstance(where, str):
-        tokens = ["tests/tools/test_tokens.py", "tests/tools/test_vocabularies.py"]
-        own = tokens if where.startswith("tokens/") else [f"tests/tools/test_{where.rpartition('/')[2]}.py"]
-        return TESTS.get(where, own)
-    own = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob(f"test_{where}_*.py"))]
-    return own + BESIDES.get(where, [])
+    """The tests of a part, or of a module: those named after it, else all of its wing."""
+    if isinstance(where, int):
+        own = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob(f"test_{where}_*.py"))]
+        return own + BESIDES.get(where, [])
+    wing, _, module = where.rpartition("/")
+    named, folder = f"tests/tools/{wing}/test_{module}.py", [f"tests/tools/{wing}"] if wing else []
+    return [*([named] if (ROOT / named).exists() else folder), *BESIDES.get(where, [])]
 
 
-# Tests of a part that stand elsewhere: properties of the assembled model; counts and shapes beside the configs.
-BESIDES = {3: ["tests/tools/comparing/test_properties.py"], 4: ["tests/test_1_nouns.py"]}
-
-# Modules without test files of their own.
-TESTS = {
+# Tests that stand elsewhere.
+BESIDES: dict[int | str, list[str]] = {
+    3: ["tests/tools/comparing/test_properties.py"],  # properties of the assembled model
+    4: ["tests/test_1_nouns.py"],  # counts and shapes, beside the configs
     "extras": ["tests/tools/test_package.py"],
-    **{key: ["tests/tools/fast/test_fast.py"] for key in ("fast/attention", "fast/layers", "fast/objective")},
-    "fast/samplers": ["tests/tools/fast/test_fast_samplers.py"],
-    "devices/partition": ["tests/tools/devices/test_partition.py"],
-    "comparing/properties": ["tests/tools/comparing/test_properties.py"],
-    "formats/__init__": ["tests/tools/test_files.py"],
-    "layout": [f"tests/tools/test_{name}.py" for name in ("layout", "gguf")],
-    **{key: ["tests/tools/test_gguf.py"] for key in ("formats/gguf_header", "formats/gguf_rope")},
-    **{key: ["tests/tools/test_hugging_face.py"] for key in ("formats/hugging_face_config", "formats/safetensors")},
-    "formats/orbax": ["tests/tools/test_keeping.py"],
-    "formats/pth": ["tests/tools/test_meta.py"],
-    "hub": ["tests/tools/test_hugging_face.py"],
-    **{key: ["tests/tools/test_plan.py"] for key in ("chips", "compiling", "estimates")},
-    **{key: ["tests/tools/test_train.py"] for key in ("interrupts", "journal", "settings")},
-    "learn": ["tests/tools/test_train.py", "tests/tools/test_faults.py::test_variant[H8-NaN]"],
+    "interrupts": ["tests/tools/training/test_train.py"],
+    "formats/layout": ["tests/tools/formats/test_gguf.py"],
+    "training/step": ["tests/tools/faults/test_faults.py::test_variant[H8-NaN]"],
 }
 
 
@@ -277,7 +261,7 @@ def leave_out(statement: Statement) -> tuple[str, str]:
     """Run the statement's own tests first, then those of the code that uses it."""
     where, _, source = statement
     ended = run(file_of(where), source, tests_of(where))
-    for others in (tests_of("generate"), ["tests/tools/test_faults.py"]) if ended[0] == "survived" else ():
+    for others in (tests_of("inference/generate"), ["tests/tools/faults"]) if ended[0] == "survived" else ():
         ended = ended if ended[0] != "survived" else run(file_of(where), source, others)
     return ended
 

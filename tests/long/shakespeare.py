@@ -29,21 +29,23 @@ from jaxtyping import Array, Float, Int
 from machine import processor
 
 import lovely_llama as ll
-from lovely_llama_tools import fast, learn, settings, train
-from lovely_llama_tools.commands import arguments
+from lovely_llama_tools import fast
+from lovely_llama_tools.commands import arguments, train
 from lovely_llama_tools.commands import main as lovely_llama
-from lovely_llama_tools.data import Corpus, prepare
+from lovely_llama_tools.commands.plot import draw_losses
+from lovely_llama_tools.data.prepare import Corpus, prepare
 from lovely_llama_tools.fast.attention import attention as blockwise
 from lovely_llama_tools.fast.layers import in_tuple
-from lovely_llama_tools.plot import draw_losses
+from lovely_llama_tools.training import loop, settings
+from lovely_llama_tools.training import step as training_step
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE, PICTURE = DOCS / "training.md", DOCS / "shakespeare.png"
 FLAGS = """--tokenizer chars --layers 4 --heads 8 --dim 128 --hidden-dim 344 --ctx 64 --batch 12 --micro-batch 6
     --steps 2000 --lr 6e-3 --final-lr 0 --warmup 200 --weight-decay 0.3 --beta2 0.98 --theta 100 --init-std 0.05
     --eval-every 500 --eval-batches 1000"""
-S = settings.settle(arguments().parse_args(["train", *shlex.split(FLAGS)]), {})
-BETAS, SCALE = (S.beta1, S.beta2), (S.init_std or train.STD) / train.STD
+S = settings.settle(train.given(arguments().parse_args(["train", *shlex.split(FLAGS)])), {})
+BETAS, SCALE = (S.beta1, S.beta2), (S.init_std or loop.INIT_STD) / loop.INIT_STD
 
 
 def rate(step: int) -> float:
@@ -105,7 +107,7 @@ def climb(rung: int, corpus: Corpus) -> tuple[int, float, float]:
         used = jax.tree.map(lambda g: g.any(), gradients)
         return value, used, *ll.adamw(params, ll.clip(gradients, S.clip)[0], moments, rate, S.weight_decay, BETAS)
 
-    params = in_tuple(learn.new_params(jax.random.key(S.seed), config, SCALE))
+    params = in_tuple(training_step.new_params(jax.random.key(S.seed), config, SCALE))
     moments, losses, used = ll.moments(params), list[float](), None
     for n in range(S.steps):
         batch = corpus.train.batch(S.seed, n, S.batch)
@@ -139,18 +141,18 @@ def ladder(corpus: Corpus) -> str:
 def steps_here(corpus: Corpus) -> Iterator[float]:
     """Step after step of `train`, from its data to the loss."""
     config = settings.new_config(S, corpus.vocab)
-    learner = learn.beginner(None, learn.new_params(jax.random.key(S.seed), config, SCALE))
-    trained, moments, recipe = learner.trained, learner.moments, settings.recipe_of(S, config)
+    learner = training_step.initial_state(None, training_step.new_params(jax.random.key(S.seed), config, SCALE))
+    trained, moments, options = learner.trained, learner.moments, settings.step_options(S, config)
     for n in range(S.steps):
         rows: Any = corpus.train.batch(S.seed, n, S.batch)[:2]
-        trained, moments, report = learn.step(None, trained, moments, np.float32(rate(n)), rows, recipe)  # pyright: ignore
+        trained, moments, report = training_step.step(None, trained, moments, np.float32(rate(n)), rows, options)  # pyright: ignore
         yield float(report.loss)
 
 
 def steps_in_torch(corpus: Corpus) -> Iterator[float]:
     """The same in torch."""
     config = settings.new_config(S, corpus.vocab)
-    params = in_tuple(learn.new_params(jax.random.key(S.seed), config, SCALE))
+    params = in_tuple(training_step.new_params(jax.random.key(S.seed), config, SCALE))
     batches = (corpus.train.batch(S.seed, n, S.batch)[:2] for n in range(S.steps))
     return curve.theirs(params, batches, map(rate, range(S.steps)), config, S.weight_decay, BETAS)
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 SAVE, EVALUATE, STEPS = 5, 20, 16  # steps between checkpoints, between evaluations, and for each kill
 MODEL = f"--layers 1 --dim 8 --heads 2 --hidden-dim 12 --ctx 8 --batch 4 --sample 0 --lr 1e-2 --save-every {SAVE}"
 PATIENCE = 120  # seconds until a run has to move
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # it runs for seconds
+QUICK = "--xla_backend_optimization_level=0"  # it runs for seconds
 START = multiprocessing.get_context("forkserver")  # which imports once what every process needs
 PRELOADED = ["lovely_llama_tools.commands", "matplotlib.figure", "matplotlib.backends.backend_agg", "tensorboardX"]
 
@@ -92,7 +92,7 @@ def strike(process: BaseProcess, run: Path, number: int, rng: random.Random) -> 
 
 def soak(folder: Path, strikes: int, number: int, seed: int = 0) -> Verdict:
     """Train twice, once with so many interruptions, and compare."""
-    from lovely_llama_tools.runs import is_good
+    from lovely_llama_tools.training.run_folder import is_good
 
     START.set_forkserver_preload(PRELOADED)
     rng, run, whole, faults, hits = random.Random(seed), folder / "run", folder / "whole", list[str](), 0

@@ -30,10 +30,16 @@ def test_importing_the_package_loads_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize("before", ["", "import lovely_llama_tools.generate, lovely_llama_tools.commands; "])
-def test_generate_is_the_function_whatever_was_imported_before(before: str) -> None:
-    code = f"{before}import lovely_llama_tools as t; print(type(t.generate).__name__, 'generate' in dir(t))"
-    assert printed(code) == ["function", "True"]
+def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
+    """`import lovely_llama_tools.X as m` gives a module, whatever was used before."""
+    names = [".".join(path.relative_to(FILE.parents[1]).with_suffix("").parts) for path in FILE.parent.rglob("*.py")]
+    modules = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    assert len(modules) > 50
+    lines = [
+        "from lovely_llama_tools import *",
+        *(f"import {name} as m; print(isinstance(m, type(ast)))" for name in modules),
+    ]
+    assert {*printed("\n".join(["import ast", *lines]))} == {"True"}
 
 
 def test_names_match_those_for_type_checkers() -> None:

@@ -20,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lovely_llama as ll
 from lovely_llama_tools import check_cache, check_causality, check_heads, check_logits, check_rotation, check_rows
 
-pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, 7)
 RAGGED = [TOKENS[:4], TOKENS[1:], TOKENS[:1], TOKENS[3:]]
 ROOM = len(TOKENS) + 4

@@ -9,7 +9,6 @@ import jax
 import pytest
 from builders import layers_of
 from jax.sharding import PartitionSpec
-from soak import QUICK
 
 from lovely_llama import Config, LlamaError, shapes
 from lovely_llama_tools.devices.partition import specs
@@ -116,7 +115,7 @@ print("all", *set(re.findall(r"\\w+\\[([\\d,]+)\\]", text)))
 def run(program: str, **values: object) -> list[str]:
     """What a program with eight devices prints."""
     paths = os.pathsep.join(str(Path(__file__).parents[n]) for n in (2, 3))
-    flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
+    flags = "--xla_force_host_platform_device_count=8"
     environment = {"XLA_FLAGS": flags, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     for name, value in values.items():
         program = program.replace(f"{{{name}}}", repr(value))

@@ -116,7 +116,6 @@ def errors(got: Any, want: Any) -> dict[str, float]:
     return found
 
 
-@pytest.mark.usefixtures("fewer_optimisations")
 @pytest.mark.parametrize(("name", "way", "dtype"), CASES)
 def test_fast_is_the_library(name: str, way: str, dtype: Any) -> None:
     """In float32 leaf by leaf; in bfloat16 as near to the library in float32 as the library itself is, or almost."""

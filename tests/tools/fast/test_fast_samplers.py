@@ -14,7 +14,6 @@ from jax import numpy as jnp
 import lovely_llama as ll
 from lovely_llama_tools.fast import choose, samplers
 
-pytestmark = pytest.mark.usefixtures("fewer_optimisations")
 quick = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 INF = math.inf
 ROUNDING = 1e-6  # of a cumulative sum of probabilities

