@@ -127,9 +127,14 @@ def run() -> int:
     """The command line, as a program of its own."""
     leave_on_interrupt()
     start_enough_threads()
-    from .commands import main
-    from .devices.cluster import leave
+    from lovely_llama import LlamaError
 
+    try:
+        from .commands import main
+        from .devices.cluster import leave
+    except LlamaError as error:  # of a jax that is too old
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for stream in filter(None, cast(Any, (sys.stdout, sys.stderr))):  # None: closed
         stream.reconfigure(errors="backslashreplace")
     keep_programs(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lovely-llama")

@@ -1,14 +1,15 @@
-"""Optional packages: imported where they are needed, and named in one line where they are missing."""
+"""Packages: optional ones, imported where they are needed and named where they are missing; and jax's version."""
 
 import importlib
 import importlib.util
+import re
 import shlex
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from lovely_llama import LlamaError
+from lovely_llama import LlamaError, check
 
 # The packages of each extra, by the names under which an index has them. This project itself is on none.
 PACKAGES = {
@@ -22,6 +23,16 @@ PACKAGES = {
     "tpu": ("jax[tpu]",),
     "scale": ("orbax-checkpoint",),
 }
+
+
+def check_jax() -> None:
+    """Refuse a jaxlib that is too old. The library does not ask."""
+    version: str = importlib.import_module("jaxlib").__version__
+    new = [*map(int, re.findall(r"\d+", version)[:2])] >= [0, 10]
+    check("jaxlib", version, new, "0.10 or later: pip install jax==0.10.2 jaxlib==0.10.2", "environment")
+
+
+check_jax()
 
 
 def extra(module: str, name: str) -> Any:

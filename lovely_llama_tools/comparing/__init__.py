@@ -2,3 +2,5 @@
 
 `properties` asks what every Llama must satisfy: causality, caching, batching, rotation, heads.
 """
+
+from .. import extras as extras  # which refuses a jax that is too old

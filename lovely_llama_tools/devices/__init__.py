@@ -1,5 +1,6 @@
 """Several devices and processes.
 
 `mesh` (names and sizes of its axes), `partition` (how arrays are split, read off their annotations), `cluster`
-(processes of one program that work together), `processes` (child processes and how they end).
+(processes of one program that work together), `processes` (child processes and how they end), `programs` (how
+functions are compiled).
 """

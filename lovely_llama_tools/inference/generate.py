@@ -29,19 +29,17 @@ from lovely_llama import (
     readout,
 )
 
+from ..devices.programs import WIDE_VECTORS, Program
 from ..fast import choose
 from ..fast.layers import Caches, block, embed, fold_layers
 from ..formats.model import Model
 from ..tokens import Tokenizer, check_text
 from .caches import everywhere, new_cache, running
 
-# On CPUs with 512-bit vectors XLA uses 256 bits by default. This makes decoding some 7 % faster.
-WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
-
 PREFILL = (512, 256, 64)  # prompts are read in pieces of these lengths, each compiled once; the last one is padded
 
 # One program serves all layers, so that compilation time does not depend on depth.
-program = partial(jax.jit, static_argnames="config", compiler_options=WIDE_VECTORS)
+program = partial(Program, static_argnames="config", compiler_options=WIDE_VECTORS)
 read_tokens = jax.jit(embed)
 
 

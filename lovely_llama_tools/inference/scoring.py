@@ -26,6 +26,7 @@ from lovely_llama import (
     readout,
 )
 
+from ..devices.programs import Program
 from ..extras import progress
 from ..fast.layers import block, embed
 from ..formats.model import Model
@@ -82,14 +83,14 @@ def negative_log_likelihoods(
     return nats.ravel(), likeliest.ravel()
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(Program, static_argnames="config")
 def layer(w: Block, x: Float[Array, "seq dim"], cache: Cache, config: Config) -> Float[Array, "seq dim"]:
     """`block` for tokens from position 0 on, without the resulting cache."""
     return block(w, x, cache, positions(0, len(x), config), config.eps)[0]
 
 
 read = jax.jit(embed)
-score = jax.jit(negative_log_likelihoods, static_argnames="config")
+score = Program(negative_log_likelihoods, static_argnames="config")
 
 
 def scores(model: Model, tokens: Sequence[int], targets: Sequence[int]) -> Scores:

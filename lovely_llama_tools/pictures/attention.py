@@ -6,7 +6,6 @@ from functools import partial
 from textwrap import shorten
 from typing import Any
 
-import jax
 import numpy as np
 from jax import numpy as jnp
 from jax import vmap
@@ -28,6 +27,7 @@ from lovely_llama import (
     rms_norm,
 )
 
+from ..devices.programs import Program
 from ..extras import extra
 from ..fast.layers import in_tuple
 from .style import INK, legible, new_figure
@@ -51,7 +51,7 @@ def attention_weights(
     return found
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(Program, static_argnames="config")
 def observe(
     w: Block, x: Float[Array, "seq dim"], cache: Cache, where: Positions, config: Config
 ) -> tuple[Float[Array, "kv_heads q_per_kv seq seq"], Float[Array, "seq dim"]]:

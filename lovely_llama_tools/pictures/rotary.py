@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lovely_llama import Config, RopeScaling, rope, rope_angles, rope_frequencies
 
+from ..devices.programs import Program
 from .style import COLOURS, INK, legible, new_figure, style
 
 POINTS = 120  # of a curve, spaced evenly on a logarithmic axis
@@ -44,7 +45,7 @@ def products(config: Config, distances: Int[np.ndarray, " n"]) -> Float[np.ndarr
         x = jnp.ones(config.head_dim)
         return jnp.vdot(x, rope(x, rope_angles(distance, config))) / config.head_dim
 
-    return np.asarray(jax.jit(jax.vmap(product))(jnp.asarray(distances, jnp.int32)))
+    return np.asarray(Program(jax.vmap(product))(jnp.asarray(distances, jnp.int32)))
 
 
 def decay(config: Config, distances: Int[np.ndarray, " n"]) -> Float[np.ndarray, "3 n"]:

@@ -89,7 +89,8 @@ def training(task: Task, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dict[str, An
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=alone)
     options = StepOptions(config, task.batch, 1.0, 0.1, (0.9, 0.95), task.dtype, task.remat, 1.0)
     held = {"weights": params, "moments": state, "tokens": (ids, ids)}
-    return step, (None, params, state, rate, (ids, ids), options), held
+    program = jax.jit(step.function, **step.options)  # without compiler options, which are for the devices here
+    return program, (None, params, state, rate, (ids, ids), options), held
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="caches")

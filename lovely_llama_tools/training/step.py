@@ -27,6 +27,7 @@ from lovely_llama import (
 )
 
 from ..devices.partition import is_stacked, specs
+from ..devices.programs import Program
 from ..fast import accumulate, loss
 from ..fast.layers import stack
 from ..formats.layout import HUGGING_FACE, all_tensors, from_named, to_arrays
@@ -81,13 +82,13 @@ def loss_of(base: Params | None, trained: Any, rows: tuple[Array, ...], options:
     return loss(params, tokens, targets, options.config, *first, keep=options.remat, dtype=DTYPES[options.dtype])
 
 
-@partial(jax.jit, static_argnames="options")
+@partial(Program, static_argnames="options")
 def batch_loss(base: Params | None, trained: Any, rows: tuple[Array, ...], options: StepOptions) -> Float[Array, ""]:
     """`loss_of`, compiled, for evaluations."""
     return loss_of(base, trained, rows, options)
 
 
-@partial(jax.jit, static_argnames="options", donate_argnames=("trained", "moments"))
+@partial(Program, static_argnames="options", donate_argnames=("trained", "moments"))
 def step(
     base: Params | None,
     trained: Any,

@@ -67,3 +67,24 @@ def test_a_missing_package_is_reported_with_its_extra() -> None:
     ) as caught:
         extra("nowhere.module", "chat")
     assert (caught.value.file, caught.value.field) == ("environment", "nowhere")
+
+
+OTHER_JAX = "import sys, jax, jaxlib; jaxlib.__version__ = sys.argv.pop(1); "
+RUNS = "import lovely_llama_tools.__main__ as program; sys.exit(program.run())"
+EXPECTED = "0.10 or later: pip install jax==0.10.2 jaxlib==0.10.2"
+
+
+def with_jax(version: str, code: str) -> "subprocess.CompletedProcess[str]":
+    """A program that takes jaxlib for another version."""
+    command = [sys.executable, "-c", OTHER_JAX + code, version, "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_jax_that_is_too_old_is_refused_in_one_line() -> None:
+    """By every wing, and by the command line; never by the library."""
+    line = f"environment: jaxlib: got 0.9.2, expected {EXPECTED}\n"
+    done = with_jax("0.9.2", RUNS)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}")
+    for module in ("fast", "comparing.properties", "formats.files", "inference.generate", "training.loop"):
+        done = with_jax("0.9.2", f"import lovely_llama; print(1); import lovely_llama_tools.{module}")
+        assert done.stdout == "1\n" and done.stderr.endswith(f"LlamaError: {line}"), module
