@@ -1,9 +1,9 @@
-"""Errors of float32 and bfloat16 against float64, here and in transformers: the table of docs/numerics.md.
+"""Errors of float32 and bfloat16 against float64, here and in transformers; and how far the compiler can be trusted.
 
-    ./dev numerics            print it
-    ./dev numerics --write    put it into docs/numerics.md
+    ./dev numerics            print both tables
+    ./dev numerics --write    put them into docs/numerics.md
 
-test_docs.py fails if the table there is out of date.
+test_docs.py fails if the first table there is out of date. The second, of watch.py, takes minutes.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch
+import watch
 from builders import layers_of, random_params
 from jax import Array, vmap
 from jax import numpy as jnp
@@ -187,23 +188,24 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join([*lines, "", textwrap.fill(" ".join(BELOW.split()), 120), ""])
 
 
-def split(page: str) -> tuple[str, str, str]:
-    """The text before the table, the table, and the text after it."""
-    before, rest = page.split(MARKS[0])
-    written, after = rest.split(MARKS[1])
-    return before + MARKS[0], written, MARKS[1] + after
+def split(page: str, marks: tuple[str, str] = MARKS) -> tuple[str, str, str]:
+    """The text before a table, the table, and the text after it."""
+    before, rest = page.split(marks[0])
+    written, after = rest.split(marks[1])
+    return before + marks[0], written, marks[1] + after
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="./dev numerics", description="How far float32 and bfloat16 are from float64."
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/numerics.md")
-    write, text = parser.parse_args().write, table(errors())
-    print(text, end="")
-    if write:
-        before, _, after = split(PAGE.read_text())
-        PAGE.write_text(before + text + after)
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/numerics.md")
+    write = parser.parse_args().write
+    for marks, text in ((MARKS, table(errors())), (watch.MARKS, watch.table())):
+        print(text, flush=True)
+        if write:
+            before, _, after = split(PAGE.read_text(), marks)
+            PAGE.write_text(before + text + after)
 
 
 if __name__ == "__main__":
