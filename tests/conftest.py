@@ -26,7 +26,8 @@ from builders import LLAMA2_C, RECORDED, Recording, load_recording  # noqa: E402
 from machine import processor  # noqa: E402
 
 LIVE = [f"live_{i}" for i in range(4)]
-GROWTH = 0.3 * 2**30
+GROWTH = 0.3 * 2**30  # bytes
+floor = [2**30]  # bytes that a worker held when it was last cleared
 
 gc.set_threshold(50_000)  # from 700: the packages hold millions of objects, which every full collection would visit
 
@@ -50,9 +51,6 @@ def bounded_memory() -> Iterator[None]:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed in small pieces
         floor[0] = resident()
-
-
-floor = [2**30]
 
 
 def resident() -> int:

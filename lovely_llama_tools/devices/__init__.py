@@ -4,3 +4,5 @@
 (processes of one program that work together), `processes` (child processes and how they end), `programs` (how
 functions are compiled).
 """
+
+from .. import extras as extras  # which refuses a jax that is too old

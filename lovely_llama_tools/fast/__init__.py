@@ -6,7 +6,6 @@ wings use `layers` (one layer, a loop or a scan over them), `attention` (a fold 
 library.
 """
 
-from .. import extras as extras  # which refuses a jax that is too old
 from .layers import llama, logits
 from .objective import accumulate, loss
 from .samplers import choose

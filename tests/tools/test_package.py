@@ -85,6 +85,7 @@ def test_a_jax_that_is_too_old_is_refused_in_one_line() -> None:
     line = f"environment: jaxlib: got 0.9.2, expected {EXPECTED}\n"
     done = with_jax("0.9.2", RUNS)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}")
-    for module in ("fast", "comparing.properties", "formats.files", "inference.generate", "training.loop"):
+    wings = ("commands", "planning.plans", "training.loop", "data.prepare", "pictures.losses", "comparing.properties")
+    for module in (*wings, "inference.generate", "formats.files", "tokens", "fast", "devices.partition"):
         done = with_jax("0.9.2", f"import lovely_llama; print(1); import lovely_llama_tools.{module}")
         assert done.stdout == "1\n" and done.stderr.endswith(f"LlamaError: {line}"), module

@@ -49,7 +49,6 @@ def manuals(*words: str) -> dict[tuple[str, ...], str]:
 
 
 MANUALS = manuals()
-KNOWN = {"COMMAND", "PICTURE", "ACTION"}  # whose entries are commands
 EXAMPLES = [*dict.fromkeys(line.strip() for help in MANUALS.values() for line in sections(help)["examples"])]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_runs import assert_same, hasten, rows, words, write_sums
+from soak import QUICK
 
 from lovely_llama import LlamaError
 from lovely_llama_tools.commands import main
@@ -182,7 +183,6 @@ ROOT = Path(__file__).resolve().parents[3]
 MODEL = "--layers 1 --dim 8 --heads 2 --hidden-dim 12 --ctx 8 --batch 4 --sample 3 --lr 1e-2 --warmup 2"
 SCHEDULE = "--steps 24 --save-every 4 --eval-every 8"
 MESH = "--mesh data=2,seq=2"  # each process has half of the rows, and each of its devices half of their tokens
-QUICK = "--xla_backend_optimization_level=0"  # it runs for seconds
 
 
 class Runs:

@@ -13,6 +13,7 @@ import numpy as np
 from builders import TINY, random_params
 from faults import Accepted, Case, Done, TooLong, Unlike, Variant, World, ends, guarded, refused
 from small_runs import rows
+from soak import QUICK
 
 from lovely_llama import Config
 from lovely_llama_tools.commands import launch
@@ -26,7 +27,6 @@ from lovely_llama_tools.interrupts import PARENT
 
 MODEL = "--layers 1 --dim 4 --heads 2 --hidden-dim 6"
 SCHEDULE = "--vocab 11 --ctx 4 --batch 2 --sample 0 --lr 0.01 --steps 3 --eval-every 3"
-QUICK = "--xla_backend_optimization_level=0"
 # Nothing is drawn and no events are written, whose packages take longer to import than jax.
 UNSEEN = {
     ".training.metrics:MetricsLogger.draw": "lambda self: None",
