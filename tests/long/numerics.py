@@ -1,9 +1,9 @@
 """Errors of float32 and bfloat16 against float64, here and in transformers; and how far the compiler can be trusted.
 
-    ./dev numerics            print both tables
+    ./dev numerics            print the tables
     ./dev numerics --write    put them into docs/numerics.md
 
-test_docs.py fails if the first table there is out of date. The second, of watch.py, takes minutes.
+test_docs.py fails if the first table there is out of date. Those of watch.py take minutes.
 """
 
 import argparse
@@ -201,7 +201,9 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="put the tables into docs/numerics.md")
     write = parser.parse_args().write
-    for marks, text in ((MARKS, table(errors())), (watch.MARKS, watch.table())):
+    tables = (MARKS, lambda: table(errors())), (watch.FUSION_MARKS, watch.fusions), (watch.MARKS, watch.table)
+    for marks, make in tables:
+        text = make()
         print(text, flush=True)
         if write:
             before, _, after = split(PAGE.read_text(), marks)

@@ -3,7 +3,9 @@
 Each is computed as the tools compile programs, and as `jax.jit` does by itself. Part of `./dev numerics`.
 """
 
+import operator
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +15,9 @@ import jax
 import numpy as np
 import torch
 from builders import layers_of, random_params
+from jax import numpy as jnp
 from jax import vmap
+from machine import processor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lovely_llama as ll
@@ -22,6 +26,7 @@ from lovely_llama_tools.formats.hugging_face import from_hf, to_hf
 from lovely_llama_tools.formats.hugging_face_config import config_to_hf
 
 MARKS = "<!-- watch -->\n", "<!-- /watch -->"
+FUSION_MARKS = "<!-- fusions -->\n", "<!-- /fusions -->"
 WIDTHS = (3, 48, 64, 576)
 ROWS = (1, 8, 304, 4096, 40000)  # tokens, in sequences of at most eight
 TRAINED = 4096 * 64  # rows × width up to which gradients are compared: torch's, in float64, take long
@@ -51,6 +56,36 @@ def draw(config: ll.Config, rows: int) -> Given:
     targets[targets < 9] = -1
     targets[0, 0] = 0
     return Given(config, random_params(config), tokens, targets)
+
+
+# ---- The fusions that were wrong -------------------------------------------------------------------------------------
+
+FUSED = "xla_cpu_experimental_ynn_fusion_type"
+KINDS = [None, "", *(f"LIBRARY_FUSION_TYPE_{kind}" for kind in ("INDIVIDUAL_DOT", "DOT", "REDUCE", "ELTWISE"))]
+
+
+def fusions() -> str:
+    """How many rows of the public example are wrong under each option, and how long products with few rows take."""
+    rng = np.random.default_rng(0)
+    matrix, rows = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 3), (40000, 3)))
+    want = np.square(rows.astype(np.float64) @ matrix.T.astype(np.float64)).sum(axis=1)
+    matrices = [rng.standard_normal((2048, 768)).astype(np.float32) for _ in range(24)]
+    few = rng.standard_normal((8, 768)).astype(np.float32)
+    lines = [f"| {FUSED} | rows wrong | 24 products of 2048 × 768 with 8 rows, ms |", "|---|---|---|"]
+    for kind in KINDS:
+        options = {} if kind is None else {FUSED: kind}
+        squares = jax.jit(vmap(lambda row: jnp.sum((matrix @ row) ** 2)), compiler_options=options)
+        products = jax.jit(lambda ws, x: [vmap(partial(operator.matmul, w))(x) for w in ws], compiler_options=options)
+        wrong = int((np.abs(np.asarray(squares(rows)) - want) > 1e-4 * want).sum())
+        given = jax.device_put((matrices, few))
+        times = list[float]()
+        for _ in range(20):
+            begun = time.perf_counter()
+            jax.block_until_ready(products(*given))
+            times.append(1000 * (time.perf_counter() - begun))
+        name = {None: "the default", "": "none"}.get(kind, kind)
+        lines.append(f"| {name} | {wrong:,} | {np.median(times[2:]):.0f} |")
+    return "\n".join([*lines, "", f"jaxlib {version('jaxlib')} on {processor()}; medians.", ""])
 
 
 # ---- Without XLA -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ import jax
 import pytest
 
 from lovely_llama_tools.devices.programs import Program
+from lovely_llama_tools.inference import batch, generate, scoring
+from lovely_llama_tools.pictures import attention
+from lovely_llama_tools.training import step
 
 # The example of jax-ml/jax#39103: a product for each row, then a sum of squares. How many rows are wrong, as the tools
 # compile it, and as jax does by itself.
@@ -35,6 +38,14 @@ def test_the_public_example_is_right(record_property: Callable[[str, object], No
     ours, bare = json.loads(done.stdout)
     record_property("rows that jax.jit gets wrong", bare)
     assert ours == 0
+
+
+def test_whatever_multiplies_matrices_is_compiled_so() -> None:
+    programs = (
+        generate.read_layer, generate.read_out, batch.rows_layer, batch.rows_end, scoring.layer, scoring.score,
+        step.step, step.batch_loss, attention.observe,
+    )  # fmt: skip
+    assert all(isinstance(program, Program) for program in programs)
 
 
 def test_options_that_xla_lacks_are_left_out() -> None:
