@@ -40,11 +40,11 @@ MODELS = {
     "--dtype": dict(choices=[*DTYPES], help="precision of the parameters (default: float32 on a CPU, else as stored)"),
     "--mesh": dict(metavar="AXIS=N,…", help=MESH),
 }
-ENDS = {
+OUTPUT = {
     "--max-new": dict(type=whole, metavar="N", help="generate at most N tokens (default: until the context is full)"),
     "--stop": dict(action="append", metavar="TEXT", help="end before TEXT; may be repeated"),
+    "--quiet": dict(action="store_true", help="print no statistics on stderr"),
 }
-QUIET = dict(action="store_true", help="print no statistics on stderr")
 SEED = dict(type=whole, metavar="N", help="random seed; the same seed gives the same text (default: a new one)")
 MANY = {
     "--prompts": dict(metavar="FILE", help="continue every line of FILE, or of stdin for -, line i with seed + i; "
@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
         "conversation": {"prompt": prompt, "--system": system},
         "model": MODELS,
         "sampling": samplers(),
-        "output": {**ENDS, "--quiet": QUIET},
+        "output": OUTPUT,
     }
     about = f"Answer PROMPT, or hold a conversation: {HELP}."
     what = "talk to a model"
@@ -81,7 +81,7 @@ def add(commands: Any) -> None:
         "prompt": {"prompt": prompt, **MANY},
         "model": MODELS,
         "sampling": samplers(),
-        "output": {**ENDS, "--quiet": QUIET},
+        "output": OUTPUT,
     }
     add_command(commands, "generate", "continue a text, or many", talk, texts, examples=TEXTS, extras=READING)
 
