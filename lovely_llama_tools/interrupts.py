@@ -32,3 +32,8 @@ def tell(line: str) -> bool:
     if number:
         os.write(int(number), line.encode() + b"\n")
     return bool(number)
+
+
+def tell_error(message: str, status: int) -> bool:
+    """Tell the parent why this process ends, and with which status; False where there is none."""
+    return tell(f"{status} error: {message}")

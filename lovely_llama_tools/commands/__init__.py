@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lovely_llama import LlamaError, __version__
 
-from ..interrupts import tell
+from ..interrupts import tell_error
 from . import chat, convert, evaluate, inspect, launch, plan, plot, tokenize, train
 from .options import Arguments, Formatter, add_subcommands, describe, prints_help
 
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         known = isinstance(error, LlamaError | OSError | ArithmeticError)
         said = str(error) if known else f"{type(error).__name__}: {error}"
-        line = "error: " + " ".join(said.split())
-        if not tell(line):
-            print(line, file=sys.stderr)
-        return 2 if isinstance(error, LlamaError) else 1
+        message, status = " ".join(said.split()), 2 if isinstance(error, LlamaError) else 1
+        if not tell_error(message, status):
+            print(f"error: {message}", file=sys.stderr)
+        return status
     return 0

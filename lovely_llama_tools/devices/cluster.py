@@ -25,7 +25,7 @@ from jaxtyping import Int
 import lovely_llama
 from lovely_llama import LlamaError, check
 
-from ..interrupts import HERE, JOINED, PARENT, tell
+from ..interrupts import HERE, JOINED, PARENT, tell, tell_error
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 DEVICES, CPUS = "JAX_LOCAL_DEVICE_IDS", "JAX_NUM_CPU_DEVICES"
@@ -202,16 +202,18 @@ def agree_on(marks_of: Callable[[], Mapping[str, Any]]) -> None:
     verdict = json.loads(store.blocking_key_value_get(f"{prefix}/verdict", wait))
     if not verdict:
         return
-    with suppress(jax.errors.JaxRuntimeError):  # process 0 holds the store, and so must be the last to leave
+    process, key, got, expected = verdict
+    error = LlamaError(f"process {process}", key, got, f"{expected}, as process 0 has")
+    with suppress(jax.errors.JaxRuntimeError):  # the runtime aborts the others once process 0, with its store, has left
         if index():
+            tell_error(str(error), 2)
             store.key_value_set(f"{prefix}/read by {index()}", "")
         else:
             for i in range(1, processes()):
                 store.blocking_key_value_get(f"{prefix}/read by {i}", START * 1000)
     if index() and PARENT not in os.environ:
         end(2)  # a scheduler would show the line once for each process
-    process, key, got, expected = verdict
-    raise LlamaError(f"process {process}", key, got, f"{expected}, as process 0 has")
+    raise error
 
 
 def difference(marks: list[dict[str, Any]]) -> list[Any] | None:

@@ -36,7 +36,7 @@ class Child:
     def __init__(self, index: int, command: Sequence[str], environment: Mapping[str, str], shown: bool) -> None:
         self.index, self.rest = index, b""
         self.here = self.joined = False
-        self.error = ""  # the line in which it says why it ends
+        self.error, self.ends = "", 0  # the line in which it says why it ends, and with which status
         self.status: int | None = None  # as subprocess has it: −n if signal n ended it
         self.round = 0  # in which of the parent's looks around it was found to have ended
         self.stopped = False  # by the parent
@@ -57,14 +57,16 @@ class Child:
             said = b""
         *lines, self.rest = (self.rest + said).split(b"\n")
         for line in (line.decode(errors="backslashreplace") for line in lines):
-            kind, _, number = line.partition(" ")
+            kind, _, rest = line.partition(" ")
             self.here = self.here or kind in (HERE, JOINED)
             if kind == JOINED:
-                self.joined, self.index = True, int(number)
+                self.joined, self.index = True, int(rest)
             elif kind != HERE and not self.error:
-                self.error = line
+                self.error, self.ends = rest, int(kind)
         if not said:
             self.status = self.process.wait()
+            if self.error and self.status == -signal.SIGABRT:  # by the runtime, because process 0 was faster to end
+                self.status = self.ends
         return bool(said)
 
     def tell(self, number: int) -> None:

@@ -84,7 +84,7 @@ def test_who_is_killed_is_to_blame_before_those_whom_that_ends(
     run = Watch.run
     monkeypatch.setattr(Watch, "run", lambda watch: (time.sleep(1), run(watch)))
     line = "process 1: got signal 9, expected status 0; --resume goes on"
-    ends_in(capfd, line, JOIN + "tell('error: connection lost'); sys.exit(1)", JOIN + "end(9)")
+    ends_in(capfd, line, JOIN + "tell('1 error: connection lost'); sys.exit(1)", JOIN + "end(9)")
     ends_in(capfd, line, JOIN + "end(6)", JOIN + "end(9)")
 
 
@@ -95,11 +95,12 @@ def test_one_that_no_longer_answers(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_line_of_one_or_of_all_is_shown_once(capfd: pytest.CaptureFixture[str]) -> None:
-    refuse = "tell('error: data: path: got no such file, expected a file'); sys.exit(2)"
-    for parts in ((refuse, refuse), (WORK, refuse), (refuse, WORK), (JOIN + refuse, JOIN + refuse)):
+    say = "tell('2 error: data: path: got no such file, expected a file'); "
+    refuse, aborted = say + "sys.exit(2)", say + "end(6)"  # by the runtime
+    for parts in ((refuse, refuse), (WORK, refuse), (refuse, WORK), (JOIN + refuse, JOIN + refuse), (JOIN + aborted,)):
         assert play(*parts) == 2
         assert capfd.readouterr() == ("", "error: data: path: got no such file, expected a file\n")
-    assert play(WORK, JOIN + "tell('error: no space'); sys.exit(1)") == 1
+    assert play(WORK, JOIN + "tell('1 error: no space'); sys.exit(1)") == 1
     assert capfd.readouterr() == ("", "error: no space\n")
 
 
