@@ -149,7 +149,8 @@ def read_header(path: Path, files: ExitStack) -> tuple[dict[str, Any], dict[str,
         parts = [path.with_name(f"{name[1]}-{i:05}-of-{name[3]}.gguf") for i in range(1, count + 1)]
     fields, tensors = dict[str, Any](), dict[str, Stored]()
     for i, part in enumerate(parts):
-        more_fields, more_tensors = scan_gguf(files.enter_context(open_file(part)), part)
+        file = files.enter_context(open_file(part, None if part == path else path.parent))
+        more_fields, more_tensors = scan_gguf(file, part)
         for field, want in {"split.no": (0, i), "split.count": (1, len(parts))}.items():
             got = more_fields.get(field, want[0])
             check(field, got, got == want[1], f"{want[1]}, by the name of the file", part)

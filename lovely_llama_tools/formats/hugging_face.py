@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -23,7 +23,6 @@ from .safetensors import KINDS, Place, read_tensor, scan_safetensors, write_safe
 CONFIG, GENERATION, WEIGHTS, INDEX = (
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
-READ = {".json", ".safetensors", ".pth", ".model", ".jinja"}  # besides tokenizer.bin, the only files that are opened
 BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # tables of frequencies in older files; not read
 EMBED, UNEMBED = (f"{NAMES[field][HUGGING_FACE.column]}.weight" for field in ("embed", "unembed"))
 SHARD = 5 * 10**9  # bytes of a file above which another is begun
@@ -58,8 +57,7 @@ class Stored(NamedTuple):
 
 def open_folder(path: Path, files: ExitStack) -> Checkpoint:
     """A folder as transformers saves it, its tensors in one file or in several."""
-    check_links(path)
-    config, fields = read_config(read_fields(path / CONFIG), path / CONFIG)
+    config, fields = read_config(read_fields(path / CONFIG, path), path / CONFIG)
     found = open_tensors(path, files)
     layers, most = config.layers, len(found)
     check("num_hidden_layers", layers, layers <= most, f"no more than the {most} tensors", path / CONFIG)
@@ -79,23 +77,12 @@ def open_folder(path: Path, files: ExitStack) -> Checkpoint:
 
 def read_tokenizer(path: Path, vocab: int) -> Tokenizer | None:
     """The tokenizer in a folder, with the tokens that end a text, and how tokens are to be chosen."""
-    given, generation = (read_fields(path / name) if (path / name).exists() else {} for name in (CONFIG, GENERATION))
+    given = read_fields(path / CONFIG, path)
+    generation = read_fields(path / GENERATION, path) if os.path.lexists(path / GENERATION) else {}
     tokenizer = folder_tokenizer(path, vocab)
     stops = read_stops(given, vocab, path / CONFIG) | read_stops(generation, vocab, path / GENERATION)
     sampling = read_sampling(generation, vocab, path / GENERATION)
     return tokenizer and tokenizer._replace(stops=tokenizer.stops | stops, sampling=sampling)
-
-
-def check_links(path: Path, more: Iterable[Path] = ()) -> None:
-    """Refuse links that lead out of the folder, but for those of the hub's cache: from snapshots/… into blobs."""
-    real = Path(os.path.realpath(path))
-    roots = [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]
-    entries = [*path.iterdir(), *path.glob("*/*.jinja")]
-    read = [entry for entry in entries if entry.suffix in READ or entry.name == "tokenizer.bin"]
-    for entry in [*read, *more]:
-        target = Path(os.path.realpath(entry))
-        inside = any(target.is_relative_to(root) for root in roots)
-        check("path", f"a link to {target}", inside, f"a file in {path}", entry)
 
 
 def open_tensors(path: Path, files: ExitStack) -> dict[str, Stored]:
@@ -103,7 +90,7 @@ def open_tensors(path: Path, files: ExitStack) -> dict[str, Stored]:
     index, single = path / INDEX, path / WEIGHTS
     where: dict[str, Any] | None = None
     if not single.exists() and index.exists():
-        where = read_fields(index).get("weight_map")
+        where = read_fields(index, path).get("weight_map")
         check("weight_map", f"{where!r:.60}", isinstance(where, dict), "an object", index)
     old = "weights in pytorch_model.bin alone"
     how = f"{WEIGHTS}, which transformers' save_pretrained makes of them"
@@ -113,7 +100,7 @@ def open_tensors(path: Path, files: ExitStack) -> dict[str, Stored]:
         check(name, f"{shard!r:.60}", bool(plain), "the name of a .safetensors file in the folder", index)
     stored = dict[str, Stored]()
     for shard in [WEIGHTS] if where is None else sorted(set(where.values())):
-        file = files.enter_context(open_file(path / shard))
+        file = files.enter_context(open_file(path / shard, path))
         for name, place in scan_safetensors(file, path / shard).items():
             said = shard if where is None else where.get(name)
             check(name, f"a tensor in {shard}", said == shard, f"one in {said}" if said else "none", index)

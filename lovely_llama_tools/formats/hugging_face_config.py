@@ -58,9 +58,9 @@ def config_from_hf(config: Mapping[str, Any] | str | Path) -> Config:
     return read_config(read_fields(Path(config)), config)[0]
 
 
-def read_fields(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file."""
-    with open_file(path) as file:
+def read_fields(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """The object in a small JSON file, which may belong to a folder."""
+    with open_file(path, folder) as file:
         data = file.read(LIMIT + 1)
     check("size", f"more than {LIMIT} bytes", len(data) <= LIMIT, "less", path)
     return read_json(data, path)

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from lovely_llama import CONFIGS, Config, RopeScaling, check, check_tensors, is_number, is_whole
 
 from ..tokens import folder_tokenizer
-from .hugging_face import check_links
 from .hugging_face_config import read_fields
 from .layout import LLAMA2C, NAMES, all_tensors
 from .model import Checkpoint, Tensor, blamed_on
@@ -52,8 +51,7 @@ Get = Callable[[str], Float[np.ndarray, "..."]]
 
 def open_meta(path: Path, _: ExitStack) -> Checkpoint:
     """A folder as Meta distributes it, with Llama 1, 2 or 3. torch opens its files, and none stays open."""
-    check_links(path)
-    params, file = read_fields(path / PARAMS), path / PARAMS
+    params, file = read_fields(path / PARAMS, path), path / PARAMS
     given = read_params(params, file)
     parts = open_parts(path)
     tensors, get = join(parts, given["dim"])

@@ -22,6 +22,7 @@ from lovely_llama import Config, LlamaError, Params, Sampling, check, count, sha
 from ..devices.mesh import shardings
 from ..extras import progress
 from ..tokens import Tokenizer
+from ..tokens.base import open_file as open_file
 from .layout import Layout, all_tensors, from_named
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
@@ -181,16 +182,6 @@ def check_memory(need: int, file: object) -> None:
     """Refuse parameters of so many bytes where less is free, before any is read."""
     free = free_memory()
     check("memory", f"{free / 2**30:.1f} GiB free", need <= free, f"{need / 2**30:.1f} GiB for the parameters", file)
-
-
-def open_file(path: Path) -> BinaryIO:
-    """Open a regular file; pipes and devices could block."""
-    try:
-        check("path", "no such file", path.exists(), "a file", path)
-        check("path", "not a regular file", path.is_file(), "a regular file", path)
-        return open(path, "rb")
-    except OSError as error:
-        raise LlamaError(path, "path", error.strerror, "a file that can be read") from error
 
 
 @contextmanager

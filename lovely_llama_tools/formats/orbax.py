@@ -21,7 +21,8 @@ from jaxtyping import Float
 from lovely_llama import Config, LlamaError, check, check_tensors
 
 from ..extras import extra
-from .hugging_face import CONFIG, check_links, read_tokenizer
+from ..tokens.base import check_inside
+from .hugging_face import CONFIG, read_tokenizer
 from .hugging_face_config import read_config, read_fields
 from .layout import OURS, all_tensors
 from .model import Checkpoint, Tensor
@@ -38,8 +39,7 @@ def is_orbax(path: Path) -> bool:
 
 def open_orbax(path: Path, _: ExitStack) -> Checkpoint:
     """A folder of a run. Of its arrays only the headers are read, and no file stays open."""
-    check_links(path, [path / ORBAX, *(path / ORBAX).rglob("*")])
-    config, fields = read_config(read_fields(path / CONFIG), path / CONFIG)
+    config, fields = read_config(read_fields(path / CONFIG, path), path / CONFIG)
     stored = open_arrays(path / ORBAX, {PARAMS})
     shapes = {name: array.shape for name, array in stored.items()}
     check_tensors(stacked_shapes(config), shapes, path / ORBAX)
@@ -78,7 +78,12 @@ def readable(folder: Path, name: str) -> Generator[None]:
 
 
 def open_arrays(folder: Path, parts: set[str]) -> dict[str, Any]:
-    """The arrays of these parts of the tree, by name, from each of which any range can be read."""
+    """The arrays of these parts of the tree, by name, from each of which any range can be read.
+
+    tensorstore follows links, so none may lead out of the folder above.
+    """
+    for entry in folder.parent.rglob("*"):
+        check_inside(entry, folder.parent)
     tensorstore, file, opened = extra("tensorstore", EXTRA), folder / METADATA, dict[str, Any]()
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{os.path.abspath(folder)}/"}}
     for name in names_in(read_fields(file), file):

@@ -84,7 +84,7 @@ def torch() -> Any:
 def scan_zip(path: Path) -> "Counter[int]":
     """The lengths of the records in an archive, which must lie in it uncompressed, as torch writes them."""
     must = partial(check, file=path)
-    with open_file(path) as file:
+    with open_file(path, path.parent) as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(4)
         must("contents", f"no zip file, of {size} bytes", head == b"PK\3\4", "one, as torch.save makes since 1.6")
         try:

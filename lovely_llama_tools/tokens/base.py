@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lovely_llama import LlamaError, Sampling, check
 
@@ -188,13 +188,35 @@ def contained(file: object, field: str, got: str, expected: str) -> Generator[No
         raise LlamaError(file, field, got, expected) from error
 
 
-def small_file(path: Path) -> bytes | None:
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse a link that leads out of a folder, but for those of the hub's cache: from snapshots/… into blobs."""
+    real, target = Path(os.path.realpath(folder)), os.path.realpath(path)
+    roots = [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]
+    inside = any(Path(target).is_relative_to(root) for root in roots)
+    check("path", f"a link to {target}", inside, f"a file in {folder}", path)
+
+
+def open_file(path: Path, folder: Path | None = None) -> BinaryIO:
+    """Open a regular file; pipes and devices could block. A file that belongs to a folder must be inside it.
+
+    A path that the user has named belongs to none, and may be a link to anywhere.
+    """
+    try:
+        check("path", "no such file", path.exists(), "a file", path)
+        check("path", "not a regular file", path.is_file(), "a regular file", path)
+        if folder is not None:
+            check_inside(path, folder)
+        return open(path, "rb")
+    except OSError as error:
+        raise LlamaError(path, "path", error.strerror, "a file that can be read") from error
+
+
+def small_file(path: Path, folder: Path | None = None) -> bytes | None:
     """The contents of a tokenizer's file, or None where there is none."""
     try:
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             return None
-        check("path", "not a regular file", path.is_file(), "a regular file", path)
-        with open(path, "rb") as file:
+        with open_file(path, folder) as file:
             size = os.fstat(file.fileno()).st_size
             check("size", f"{size} bytes", size <= LARGEST, f"at most {LARGEST}", path)
             return file.read(size)

@@ -25,6 +25,7 @@ from .pipelines import Pipeline, added_token, as_list, as_object, pipeline_token
 from .ranks import LLAMA3_SPECIALS, is_ranks, rank_tokenizer
 
 CONFIG = "tokenizer_config.json"
+SPECIALS = (CONFIG, "special_tokens_map.json", "added_tokens.json")  # files that name special tokens
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SOURCES = ("characters.json", "tokenizer.json", "tokenizer.model", "tokenizer.bin")  # the first that is there
 
@@ -40,7 +41,7 @@ def folder_tokenizer(folder: str | Path, vocab: int | None = None) -> Tokenizer 
     folder = Path(folder)
     for name in SOURCES:
         path = folder / name
-        data = small_file(path)
+        data = small_file(path, folder)
         if data is None:
             continue
         config = read_config(folder)
@@ -54,7 +55,7 @@ def folder_tokenizer(folder: str | Path, vocab: int | None = None) -> Tokenizer 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, with what only the older special_tokens_map.json and added_tokens.json say."""
-    found = {name: small_file(folder / name) for name in (CONFIG, "special_tokens_map.json", "added_tokens.json")}
+    found = {name: small_file(folder / name, folder) for name in SPECIALS}
     config, older, added = (read_json(data, folder / name) if data else {} for name, data in found.items())
     named: dict[str, Any] = config.get("added_tokens_decoder") or {}
     check("added_tokens_decoder", type(named).__name__, type(named) is dict, "an object", folder / CONFIG)
@@ -171,7 +172,7 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     more = folder / "additional_chat_templates"
     files = {path.stem: path for path in sorted(more.glob("*.jinja"))} if more.is_dir() else {}
     for name, path in {"default": folder / "chat_template.jinja", **files}.items():
-        if (data := small_file(path)) is not None:
+        if (data := small_file(path, folder)) is not None:
             found[name], where[name] = data.decode("utf-8", "surrogateescape"), path
     for name, template in found.items():
         check("chat_template", type(template).__name__, isinstance(template, str), "a text", where[name])

@@ -180,9 +180,9 @@ def busy(place: str, work: str) -> Act:
 
 # ---- G4, G5: files ---------------------------------------------------------------------------------------------------
 
-BLOCKING = {".formats.model:open_file": "lambda path: open(path, 'rb')"}
+BLOCKING = {".formats.model:open_file": "lambda path, *_: open(path, 'rb')"}
 UNCAUGHT = {
-    ".formats.model:open_file": "lambda path: __import__('sys').modules['lovely_llama_tools.formats.model'].open(path)"
+    ".tokens.base:open_file": "lambda path, *_: __import__('sys').modules['lovely_llama_tools.tokens.base'].open(path)"
 }
 UNTOLD = {".formats.files:opener": "lambda path: path.is_dir() or original(path)"}
 # Memory-mapped files, and arrays that are not copied.
@@ -217,7 +217,7 @@ def no_permission(world: World) -> None:
     def denied(path: Path, *mode: str) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
 
-    world.patch.setattr("lovely_llama_tools.formats.model.open", denied, raising=False)
+    world.patch.setattr("lovely_llama_tools.tokens.base.open", denied, raising=False)
     refused(lambda world: load(world.talker), "path", "Permission denied", seconds=1).act(world)
     ends(lambda world: world.run("generate"), 2, "path", "Permission denied").act(world)
 
@@ -231,7 +231,7 @@ def beside(make: Callable[[Path], object], end: type[BaseException] = OSError) -
         make(world.folder / "tokenizer.model")
         load(model)
 
-    read = "lambda path: open(path, 'rb').read() if path.exists() else None"
+    read = "lambda path, *_: open(path, 'rb').read() if path.exists() else None"
     plainly = {".tokens.folders:small_file": read}
     return refused(act, "path", "tokenizer.model", removed=plainly, end=end, seconds=1)
 
@@ -358,6 +358,7 @@ CASES: dict[str, Case] = {
             "no tokenizer": ends(no_tokenizer, 2, "tokenizer", "tokenizer.json", end=Unlike),
             "a folder for a tokenizer": beside(Path.mkdir),
             "a pipe for a tokenizer": beside(os.mkfifo, TooLong),
+            "a link to nothing for a tokenizer": beside(lambda path: path.symlink_to("nowhere"), Accepted),
         },
         loads,
     ),

@@ -219,7 +219,7 @@ ANY_BYTES = {
     f"{HEADER}:Scan.strings": "lambda self, n: [self.take(int.from_bytes(self.take(8), 'little')).decode() "
     "for _ in range(n)]"
 }
-OPENED = {".formats.model:open_file": "lambda path: open(path, 'rb')"}
+OPENED = {".formats.model:open_file": "lambda path, *_: open(path, 'rb')"}
 UNPARSED = {".tokens:check_template": "lambda *_: None"}
 LENGTHS = (2**30, 2**40, 2**63, 2**64 - 1)
 WORD, EPS, HEADS = "tokenizer.ggml.", "llama.attention.layer_norm_rms_epsilon", "llama.attention.head_count"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import faults_links
 import numpy as np
 import torch
 from asserts import assert_close
@@ -299,6 +300,7 @@ def cached(world: World) -> None:
         file.rename(blobs / str(i))
         (snapshot / file.name).symlink_to(os.path.join("..", "..", "blobs", str(i)))
     gives(ARRAYS)(load(snapshot))
+    faults_links.named(world)
 
 
 def nothing(world: World) -> Any:
@@ -453,11 +455,12 @@ CASES: dict[str, Case] = {
         "a name of another type": wrong(sharded(moving(NORM, 7)), NORM, TypeError),
     }, loads(sharded())),
     "B13": Case("S", "a file of the model lies outside its folder", {
-        "the parent": wrong(named(lambda top: "../outside.safetensors"), FIRST, Accepted, "", *PARTS),
-        "a full path": wrong(named(lambda top: f"{top}/outside.safetensors"), FIRST, Accepted, "", *PARTS),
+        "the parent": wrong(named(lambda top: "../outside.safetensors"), FIRST, Accepted, "", *PARTS, "path"),
+        "a full path": wrong(named(lambda top: f"{top}/outside.safetensors"), FIRST, Accepted, "", *PARTS, "path"),
         "a link of weights": wrong(linked(SHARDS[1]), "path", says="a link to .*elsewhere"),
         "a link of the config": wrong(linked("config.json"), "path", says="a link to .*elsewhere"),
         "a link of the index": wrong(linked(INDEX), "path", says="a link to .*elsewhere"),
+        **faults_links.LINKS,
     }, cached),
     "B14": Case("S", "config.json is absent or not plain JSON", {
         "absent": wrong(nothing, "path", IndexError, "config.json"),

@@ -281,7 +281,7 @@ ENDLESS = unchecked("n_layers") | {
     ".formats.layout:all_tensors": "lambda layout, config: original(layout, config) "
     "if config.layers < 9 else (_ for _ in ()).throw(MemoryError())"
 }
-UNREAD = {".formats.meta:read_fields": "lambda path: {}"}
+UNREAD = {".formats.meta:read_fields": "lambda *_: {}"}
 UNKNOWN = ("lora_args", "quantization_args", "vision_chunk_size", "moe_args")
 D5 = {
     "part 01 of 2 is missing": folder(

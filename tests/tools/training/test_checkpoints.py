@@ -332,6 +332,12 @@ def without_a_piece(path: Path) -> None:
     extra("tensorstore", "scale").KvStore.open(store).result().write("params.norm/0", None).result()
 
 
+def elsewhere(path: Path) -> None:
+    """Move a file or a folder out of the model's, and leave a link."""
+    model = next(parent for parent in path.parents if parent.name == "model")
+    path.symlink_to(path.rename(model.with_name("elsewhere")))
+
+
 FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "no description": ("orbax/_METADATA", Path.unlink, "path", "no such file"),
     "nonsense": ("orbax/_METADATA", lambda path: path.write_text("[1]"), "JSON", "a value of type list"),
@@ -346,6 +352,10 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "another shape": ("config.json", edit('"hidden_size": 16', '"hidden_size": 32'), "params.embed", "(29, 16)"),
     "more layers": ("config.json", edit('_layers": 2', '_layers": 3'), "params.blocks.attn_norm", "(2, 16)"),
     "a link": ("orbax/d", lambda path: (path / "more").symlink_to("/etc/hosts"), "path", "a link to /etc/hosts"),
+    "a linked folder": ("orbax/d", elsewhere, "path", "elsewhere"),
+    "a linked store": ("orbax", elsewhere, "path", "elsewhere"),
+    "a linked config": ("config.json", elsewhere, "path", "elsewhere"),
+    "linked settings": ("generation_config.json", elsewhere, "path", "elsewhere"),
 }  # fmt: skip
 
 
