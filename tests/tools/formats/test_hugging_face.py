@@ -1,14 +1,13 @@
-"""Hugging Face's folders against transformers: theirs loaded here, ours loaded there; configs, sampling, the hub."""
+"""Hugging Face's folders against transformers: theirs loaded here, ours loaded there; configs, sampling."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -332,49 +331,6 @@ def test_config_from_hf_says_whose_field_it_is(tmp_path: Path) -> None:
             config_from_hf(given)
     with pytest.raises(LlamaError, match=r"^config: model_type: got 'gpt2', expected llama"):
         config_from_hf({"model_type": "gpt2"})
-
-
-# ---- The hub ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of the hub with one model in it, and no network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    place = tmp_path / "hub" / "models--someone--tiny.llama"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text(commit)
-    (place / "blobs").mkdir()
-    (place / "snapshots" / commit).mkdir(parents=True)
-    for file in folder(tmp_path / "model").iterdir():
-        file.rename(place / "blobs" / f"blob-{file.name}")
-        (place / "snapshots" / commit / file.name).symlink_to(f"../../blobs/blob-{file.name}")
-    yield place / "snapshots" / commit
-
-
-def test_a_name_on_the_hub_is_found_in_the_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = load("someone/tiny.llama")
-    assert_close(model.params, load(cache).params, 0, "params")
-    assert capsys.readouterr() == ("", "")
-    assert not huggingface_hub.utils.are_progress_bars_disabled()
-
-
-def test_a_name_that_is_not_in_the_cache_is_one_line(cache: Path) -> None:
-    with pytest.raises(LlamaError, match=r"^someone/other: hub: got .*, expected a model in the cache") as caught:
-        load("someone/other")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    (cache / "model.safetensors").unlink()  # as after a download that was interrupted
-    with pytest.raises(LlamaError, match="no such file"):
-        load("someone/tiny.llama")
-
-
-def test_a_path_is_no_name_on_the_hub(tmp_path: Path) -> None:
-    """Nothing is looked for on a network where a path is meant."""
-    for path in ("nowhere/model.gguf", "nowhere/a/b", "/nowhere/model", "./model", f"{tmp_path}/model", "../a", "é/a"):
-        with pytest.raises(LlamaError, match="no such file"):
-            load(path)
 
 
 # ---- With a tokenizer ------------------------------------------------------------------------------------------------
