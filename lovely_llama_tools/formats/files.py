@@ -1,28 +1,32 @@
 """Checkpoints as files: which format a path is in, reading, writing, and the model used by default."""
 
-import filecmp
 import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from lovely_llama import LlamaError, check
 
-from ..tokens import Tokenizer, folder_tokenizer
+from ..tokens import Tokenizer, folder_tokenizer, without_key
 from .gguf import open_gguf, save_gguf
 from .hub import fetch, is_name
 from .hugging_face import open_folder, save_folder
-from .llama2c import open_llama2c, save_llama2c
+from .llama2c import is_llama2c, open_llama2c, save_llama2c, unknown_to_llama2c
 from .meta import open_meta
-from .model import Checkpoint, Model, open_file
+from .model import Checkpoint, Model, blamed_on, open_file
 from .orbax import ORBAX, open_orbax
+from .publishing import check_target, publish_all
+from .publishing import publish as publish
+from .readback import check_saved
+from .saving import companions, in_place, tokenizer_errors, without
 
 # What else the first bytes of a file may be.
 FOREIGN = {
@@ -106,65 +110,78 @@ class Writer(NamedTuple):
 
     write: Callable[[Model, Path, str], None]  # to a path that does not exist yet
     dtypes: tuple[str, ...]  # the first is the default
+    left_out: Callable[[Tokenizer], Mapping[str, Any]] = lambda tokenizer: {}  # what it has no place for
 
 
 WRITERS = {
-    "gguf": Writer(save_gguf, ("float32", "float16", "bfloat16", "q8_0")),
+    "gguf": Writer(save_gguf, ("float32", "float16", "bfloat16", "q8_0"), without_key),
     "hf": Writer(save_folder, ("float32", "float16", "bfloat16")),
-    "llama2c-v0": Writer(partial(save_llama2c, version=0), ("float32",)),
-    "llama2c-v1": Writer(partial(save_llama2c, version=1), ("float32",)),
-    "llama2c-v2": Writer(partial(save_llama2c, version=2), ("int8",)),
+    "llama2c-v0": Writer(partial(save_llama2c, version=0), ("float32",), unknown_to_llama2c),
+    "llama2c-v1": Writer(partial(save_llama2c, version=1), ("float32",), unknown_to_llama2c),
+    "llama2c-v2": Writer(partial(save_llama2c, version=2), ("int8",), unknown_to_llama2c),
 }
+SUFFIXES = {".gguf": "gguf", ".bin": "llama2c-v0"}
 
 
-def save(model: Model, path: str | Path, to: str | None = None, dtype: str | None = None, force: bool = False) -> None:
+def format_of(path: Path) -> str:
+    """The format that a name stands for. A suffix such as those of files is one of `SUFFIXES`, unless it is a version:
+    .xyz is refused, while run.v2 and SmolLM2-1.7B are names of folders."""
+    suffix = path.suffix.lower()
+    folder = path.is_dir() or not re.fullmatch(r"\.(?!v\d)[a-z][a-z0-9_]*", suffix)
+    how = f"{', '.join(SUFFIXES)}, none for a folder, or --to with one of {', '.join(WRITERS)}"
+    check("path", f"the suffix {path.suffix}", folder or suffix in SUFFIXES, how, path)
+    return SUFFIXES.get(suffix, "hf")
+
+
+def save(
+    model: Model, path: str | Path, to: str | None = None, dtype: str | None = None, force: bool = False,
+    *, drop: str | Sequence[str] = (),
+) -> None:  # fmt: skip
     """Write a checkpoint in one of the formats of `WRITERS`: whole or not at all, and over nothing unless forced.
 
-    Without `to`, a name that ends in .gguf stands for a GGUF, one in .bin for llama2.c's version 0, and another for a
-    folder in Hugging Face's format. What a format keeps in other files, such as a tokenizer, goes beside; where the
-    same is there already, it stays. The dtype is that of the parameters where the format has it, else its first.
+    Without `to`, a name that ends in .gguf stands for a GGUF, one in .bin for llama2.c's version 0, and one without a
+    suffix for a folder in Hugging Face's format. What a format keeps in other files, such as a tokenizer, goes beside;
+    where one that reads the same is there already, it stays. The dtype is that of the parameters where the format has
+    it, else its first. Forced, it replaces a file, or a folder that holds a checkpoint and nothing else.
+
+    What has been written is read and compared with the model before it gets its name. What the format has no place
+    for is said on stderr; where ids of texts would change, it is refused unless `drop` names that: some of `DROPS`.
     """
     path = Path(path)
-    to = to or {".gguf": "gguf", ".bin": "llama2c-v0"}.get(path.suffix, "hf")
-    check("to", to, to in WRITERS, ", ".join(WRITERS))
-    writer, own = WRITERS[to], str(model.params.embed.dtype)
-    dtype = dtype or (own if own in writer.dtypes else writer.dtypes[0])
-    check("dtype", dtype, dtype in writer.dtypes, f"{', '.join(writer.dtypes)} for {to}")
     check("path", "a NUL character", "\0" not in str(path), "a name without", path)
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
     try:
-        check("path", "a path that exists", force or not path.exists(), "a new one, or --force", path)
+        check_target(path, force, opened)
+        to = to or format_of(path)
+        check("to", to, to in WRITERS, ", ".join(WRITERS))
+        writer, own = WRITERS[to], str(model.params.embed.dtype)
+        dtype = dtype or (own if own in writer.dtypes else writer.dtypes[0])
+        check("dtype", dtype, dtype in writer.dtypes, f"{', '.join(writer.dtypes)} for {to}")
+        model, drop = without(model, drop)
+        left_out = writer.left_out(model.tokenizer) if model.tokenizer else {}
+        part = path.with_name(f".{path.name}.part{os.getpid()}")
         part.mkdir(parents=True)
         try:
-            writer.write(model, part / path.name, dtype)
-            made = sorted(part.iterdir(), key=lambda made: made.name == path.name)  # the model itself is the last
-            made = [new for new in made if not same(new, path.with_name(new.name))]
-            for new in made:
-                target = path.with_name(new.name)
-                check("path", "a path that exists", force or not target.exists(), "a new one, or --force", target)
-            for new in made:
-                publish(new, path.with_name(new.name))
+            with tokenizer_errors(path):
+                writer.write(model, part / path.name, dtype)
+            made = companions(model, part, path, is_owner)
+            with in_place(model, part, path.parent), blamed_on(path), ExitStack() as files:
+                check_saved(model, opener(part / path.name)(part / path.name, files), left_out, drop)
+            publish_all([*made, part / path.name], path.parent, part / ".kept")
         finally:
             shutil.rmtree(part)
     except OSError as error:
         raise LlamaError(path, "path", error.strerror, "a place that can be written to") from error
+    if left_out:
+        said = (f"{name} {text}" if len(text := str(value)) < 40 else name for name, value in left_out.items())
+        print(f"note: {path}: no place in this format for {', '.join(said)}", file=sys.stderr)
 
 
-def same(new: Path, target: Path) -> bool:
-    """Whether two files have the same contents."""
-    return new.is_file() and target.is_file() and filecmp.cmp(new, target, shallow=False)
+def opened(path: Path) -> None:
+    """Open a checkpoint, and close it."""
+    with ExitStack() as files:
+        opener(path)(path, files)
 
 
-def publish(new: Path, target: Path) -> None:
-    """Move a file or a folder to its place once it is surely on the disk."""
-    for path in [*new.rglob("*"), new]:
-        number = os.open(path, os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
-    if target.is_dir() and not target.is_symlink():
-        old = new.with_name(f"{new.name}.old")
-        target.rename(old)
-    new.replace(target)
-    parent = os.open(target.parent, os.O_RDONLY)
-    os.fsync(parent)
-    os.close(parent)
+def is_owner(path: Path) -> bool:
+    """Whether this is a model whose tokenizer is in files beside it, or what makes its folder one."""
+    return path.name in FOLDERS or is_llama2c(path)

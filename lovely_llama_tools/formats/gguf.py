@@ -15,7 +15,7 @@ from jaxtyping import Float
 from lovely_llama import Config, Sampling, check, check_sampling, check_tensors
 
 from ..extras import extra, progress
-from ..tokens import gguf_tokenizer, tokenizer_fields
+from ..tokens import Tokenizer, gguf_tokenizer, tokenizer_fields
 from .gguf_header import Stored, read_header, shortest
 from .gguf_rope import FREQUENCIES, OWN, OWN_PREFIX, factors_of, read_scaling, scaling_of, write_scaling
 from .layout import GGUF, all_tensors, to_named
@@ -116,11 +116,11 @@ def gguf_config(fields: Fields, tensors: Mapping[str, Stored]) -> Config:
     return config
 
 
-def gguf_sampling(fields: Fields, vocab: int) -> Sampling | None:
-    """What a file recommends; what it leaves open is as usual."""
+def gguf_sampling(fields: Fields, vocab: int) -> dict[str, Any]:
+    """What a file recommends, as fields of a tokenizer; what it leaves open is as usual."""
     stated = fields.given("general.sampling.", {name: type(neutral) for name, neutral in SAMPLING.values()})
     if not stated:
-        return None
+        return {}
     if stated.get("top_k", 0) > vocab:
         stated["top_k"] = vocab
     values = {
@@ -130,7 +130,7 @@ def gguf_sampling(fields: Fields, vocab: int) -> Sampling | None:
     }
     sampling = Sampling(**values)
     check_sampling(sampling, vocab, fields.path)
-    return sampling
+    return {"sampling": sampling, "unstated": frozenset(Sampling._fields) - values.keys()}
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def open_gguf(path: Path, files: ExitStack) -> Checkpoint:
         config = replace(config, rope_scaling=scaling)
     has_tokenizer = any(name.startswith("tokenizer.") for name in found)
     tokenizer = gguf_tokenizer(found, config.vocab, path) if has_tokenizer else None
-    sampling = gguf_sampling(fields, config.vocab)
-    tokenizer = tokenizer and tokenizer._replace(sampling=sampling)
+    recommended = gguf_sampling(fields, config.vocab)
+    tokenizer = tokenizer and tokenizer._replace(**recommended)
     shown = {name: Tensor(tensor.shape, tensor.kind) for name, tensor in tensors.items()}
     return Checkpoint(path, "GGUF", GGUF, config, fields.all(), shown, get, tokenizer)
 
@@ -222,12 +222,12 @@ def config_fields(config: Config) -> dict[str, Any]:
     return fields
 
 
-def sampling_fields(sampling: Sampling | None) -> dict[str, Any]:
-    """The keys `general.sampling.…`: those for what is left out do nothing."""
-    values = zip(sampling or (), SAMPLING.values(), strict=sampling is not None)
+def sampling_fields(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The keys `general.sampling.…` of what is stated: those for a sampler that is left out do nothing."""
+    values = {SAMPLING[field]: value for field, value in tokenizer.stated.items()}
     return {
         f"general.sampling.{name}": neutral if value is None else type(neutral)(value)
-        for value, (name, neutral) in values
+        for (name, neutral), value in values.items()
     }
 
 
@@ -241,8 +241,9 @@ def save_gguf(model: Model, path: Path, dtype: str) -> None:
     get, shapes = to_named(GGUF, params, config), all_tensors(GGUF, config)
     fields = {"general.type": "model", "general.name": path.stem, "general.file_type": WRITTEN[dtype][1]}
     fields |= {"general.quantization_version": 2} if dtype == "q8_0" else {}
-    fields |= config_fields(config) | sampling_fields(model.sampling)
-    fields |= tokenizer_fields(model.tokenizer, config.vocab) if model.tokenizer else {}
+    fields |= config_fields(config)
+    if model.tokenizer:
+        fields |= sampling_fields(model.tokenizer) | tokenizer_fields(model.tokenizer, config.vocab)
     writer = lib.GGUFWriter(path, "llama")
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool, str: writer.add_string}
     for name, value in fields.items():

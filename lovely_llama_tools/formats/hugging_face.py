@@ -82,7 +82,15 @@ def read_tokenizer(path: Path, vocab: int) -> Tokenizer | None:
     tokenizer = folder_tokenizer(path, vocab)
     stops = read_stops(given, vocab, path / CONFIG) | read_stops(generation, vocab, path / GENERATION)
     sampling = read_sampling(generation, vocab, path / GENERATION)
-    return tokenizer and tokenizer._replace(stops=tokenizer.stops | stops, sampling=sampling)
+    if tokenizer is None:
+        return None
+    unstated = frozenset(name for name in ("do_sample", *Sampling._fields) if generation.get(name) is None)
+    settings, pad = tokenizer.settings, given.get("pad_token_id", generation.get("pad_token_id"))
+    if is_whole(pad) and 0 <= pad < vocab and pad != tokenizer.pad:  # −1 stands for none
+        settings = {**settings, "pad_token_id": pad}
+    return tokenizer._replace(
+        stops=tokenizer.stops | stops, sampling=sampling, unstated=unstated, settings=settings
+    )  # fmt: skip
 
 
 def open_tensors(path: Path, files: ExitStack) -> dict[str, Stored]:
@@ -188,20 +196,25 @@ def save_description(config: Config, tokenizer: Tokenizer | None, path: Path, dt
         (path / name).write_bytes(data)
     ids, stops = token_ids(tokenizer), sorted(tokenizer.stops) if tokenizer else []
     write_fields(path / CONFIG, config_to_hf(config) | ids | {"dtype": dtype})
-    sampling = write_sampling(tokenizer.sampling if tokenizer else None)
+    sampling = write_sampling(tokenizer) if tokenizer and tokenizer.sampling else {}
     write_fields(path / GENERATION, ids | ({"eos_token_id": stops} if stops else {}) | sampling)
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """The ids with which a text begins and ends; null where there is none, since transformers has defaults."""
-    return {"bos_token_id": tokenizer and tokenizer.bos, "eos_token_id": tokenizer and tokenizer.eos}
+    ends: dict[str, int | None] = {
+        "bos_token_id": tokenizer and tokenizer.bos,
+        "eos_token_id": tokenizer and tokenizer.eos,
+    }
+    if tokenizer and (pad := tokenizer.settings.get("pad_token_id", tokenizer.pad)) is not None:
+        ends["pad_token_id"] = pad
+    return ends
 
 
-def write_sampling(sampling: Sampling | None) -> dict[str, Any]:
+def write_sampling(tokenizer: Tokenizer) -> dict[str, Any]:
     """The inverse of `read_sampling`."""
-    if sampling is None:
-        return {}
-    if sampling.temperature == 0:
-        return {"do_sample": False, "repetition_penalty": sampling.repetition_penalty or 1.0}
-    stated = {name: OFF[name] if value is None else value for name, value in sampling._asdict().items()}
-    return {"do_sample": True, **stated}
+    stated = {name: OFF[name] if value is None else value for name, value in tokenizer.stated.items()}
+    if stated.get("temperature") == 0:
+        del stated["temperature"]
+        return {"do_sample": False, **stated}
+    return stated if "do_sample" in tokenizer.unstated else {"do_sample": True, **stated}

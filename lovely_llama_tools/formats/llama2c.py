@@ -16,7 +16,15 @@ from jaxtyping import Float, Int8
 
 from lovely_llama import Config, LlamaError, Params, check
 
-from ..tokens import Tokenizer, bin_tokenizer, folder_tokenizer, tokenizer_bin, tokenizer_files
+from ..tokens import (
+    SETTINGS,
+    Tokenizer,
+    bin_tokenizer,
+    folder_tokenizer,
+    tokenizer_bin,
+    tokenizer_files,
+    usual_stops,
+)
 from .layout import LLAMA2C, NAMES, all_tensors, from_arrays, to_arrays, to_named
 from .model import Checkpoint, Model, Tensor, blamed_on, narrowed, open_file, read_at
 
@@ -175,7 +183,25 @@ def save_llama2c(model: Model, path: Path, _: str, version: int) -> None:
             for part in quantise(array, group) if header.quantised(shape) else (array,):
                 file.write(part.astype(part.dtype.newbyteorder("<"), "C", copy=False).data)
     for name, data in tokenizer_beside(model.tokenizer, config.vocab).items():
-        path.with_name(name).write_bytes(data)
+        with path.with_name(name).open("xb") as file:
+            file.write(data)
+
+
+def is_llama2c(path: Path) -> bool:
+    """Whether a file has the size that its header tells."""
+    try:
+        with open_file(path) as file:
+            header = Header.read(file, path)
+            return header.size(header.config()) == os.fstat(file.fileno()).st_size
+    except LlamaError:
+        return False
+
+
+def unknown_to_llama2c(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a tokenizer states and run.c does not know, though much of it goes into tokenizer_config.json beside."""
+    stops = sorted(tokenizer.stops - usual_stops(tokenizer.specials, tokenizer.eos))
+    stated = {"stops": stops, "template": tokenizer.template or tokenizer.templates, "sampling": tokenizer.stated}
+    return {name: value for name, value in {**stated, **tokenizer.settings}.items() if value or name in SETTINGS}
 
 
 def tokenizer_beside(tokenizer: Tokenizer | None, vocab: int) -> dict[str, bytes]:

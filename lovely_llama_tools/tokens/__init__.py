@@ -10,11 +10,15 @@ from .base import check_text as check_text
 from .base import fit as fit
 from .base import segments as segments
 from .base import template_environment as template_environment
+from .base import usual_stops as usual_stops
 from .converting import tokenizer_bin as tokenizer_bin
+from .folders import SETTINGS as SETTINGS
+from .folders import TOKENIZER_FILES as TOKENIZER_FILES
 from .folders import folder_tokenizer as folder_tokenizer
 from .folders import tokenizer_files as tokenizer_files
 from .gguf_fields import gguf_tokenizer as gguf_tokenizer
 from .gguf_fields import tokenizer_fields as tokenizer_fields
+from .gguf_fields import without_key as without_key
 from .pieces import bin_tokenizer as bin_tokenizer
 from .pieces import sentencepiece_tokenizer as sentencepiece_tokenizer
 from .ranks import gpt2_tokenizer as gpt2_tokenizer

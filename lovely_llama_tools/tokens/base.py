@@ -31,6 +31,8 @@ class Tokenizer(NamedTuple):
     eos: int | None = None
     templates: Mapping[str, str] = {}
     sampling: Sampling | None = None  # what the model recommends
+    unstated: frozenset[str] = frozenset()  # the fields of `sampling` at which it says nothing, and `do_sample`
+    settings: Mapping[str, Any] = {}  # what else tokenizer_config.json says, such as pad_token and model_max_length
 
     def __repr__(self) -> str:
         template = "with" if self.template else "without"
@@ -40,6 +42,19 @@ class Tokenizer(NamedTuple):
         """The tokens of a plain prompt. BOS comes first where the model expects it, or where the text is empty."""
         bos = [self.bos] if self.bos is not None and (self.adds_bos or not text) else []
         return bos + self.encode(text, False)
+
+    @property
+    def pad(self) -> int | None:
+        """The id for padding. It is stated by name, or by its id alone."""
+        return self.specials.get(self.settings.get("pad_token", ""), self.settings.get("pad_token_id"))
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The fields of `sampling` that a checkpoint states; of a greedy choice, those that change it."""
+        values, usual = self.sampling._asdict() if self.sampling else {}, Sampling()._asdict()
+        if values.get("temperature") == 0:
+            values = {name: values[name] for name in ("repetition_penalty", "temperature")}
+        return {name: v for name, v in values.items() if name not in self.unstated or v != usual[name]}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; invalid UTF-8 becomes U+FFFD."""
@@ -59,9 +74,13 @@ def with_ends(tokenizer: Tokenizer, bos: int | None, eos: int | None, adds_bos: 
     for name, i in (("bos_token_id", bos), ("eos_token_id", eos)):
         check(name, i, i is None or (type(i) is int and 0 <= i < vocab), f"an id from 0 to {vocab - 1}", file)
     check("bos_token_id", "none", bos is not None or not adds_bos, "an id, as BOS is to begin every text", file)
-    ends = {tokenizer.specials[name] for name in ENDS if name in tokenizer.specials}
-    stops = frozenset(ends if eos is None else {*ends, eos})
-    return tokenizer._replace(bos=bos, eos=eos, adds_bos=adds_bos, stops=stops)
+    return tokenizer._replace(bos=bos, eos=eos, adds_bos=adds_bos, stops=usual_stops(tokenizer.specials, eos))
+
+
+def usual_stops(specials: Mapping[str, int], eos: int | None) -> frozenset[int]:
+    """The tokens that end an answer without being listed as such."""
+    ends = {specials[name] for name in ENDS if name in specials}
+    return frozenset(ends if eos is None else {*ends, eos})
 
 
 def prefix_of(encode: Callable[[str, bool], list[int]], pieces: Sequence[bytes]) -> bytes:

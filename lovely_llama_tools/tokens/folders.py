@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lovely_llama import LlamaError, check
+from lovely_llama import LlamaError, check, is_number
 
 from ..strict_json import read_json
 from .base import Tokenizer, check_template, fit, small_file, with_ends
@@ -27,7 +27,17 @@ from .ranks import LLAMA3_SPECIALS, is_ranks, rank_tokenizer
 CONFIG = "tokenizer_config.json"
 SPECIALS = (CONFIG, "special_tokens_map.json", "added_tokens.json")  # files that name special tokens
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# What else of tokenizer_config.json is kept: it changes no ids here, but does so in other programs.
+SETTINGS = (
+    *NAMES[2:], "additional_special_tokens", "extra_special_tokens", "padding_side", "truncation_side",
+    "model_max_length", "add_eos_token", "clean_up_tokenization_spaces",
+)  # fmt: skip
+UNLIMITED = 10**18  # from here on a model_max_length says nothing: transformers writes 1e30
 SOURCES = ("characters.json", "tokenizer.json", "tokenizer.model", "tokenizer.bin")  # the first that is there
+TOKENIZER_FILES = (
+    *SOURCES, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "additional_chat_templates",
+)  # fmt: skip
 
 
 def folder_tokenizer(folder: str | Path, vocab: int | None = None) -> Tokenizer | None:
@@ -48,7 +58,8 @@ def folder_tokenizer(folder: str | Path, vocab: int | None = None) -> Tokenizer 
         tokenizer = read_source(data, path, config, vocab)
         templates = read_templates(folder, config)
         template = templates.pop("default", None)
-        tokenizer = tokenizer._replace(template=template, templates=templates)
+        settings = read_settings(config, folder / CONFIG)
+        tokenizer = tokenizer._replace(template=template, templates=templates, settings=settings)
         return tokenizer if vocab is None else fit(tokenizer, vocab, path)
     return None
 
@@ -69,6 +80,18 @@ def token_text(config: Mapping[str, Any], key: str, file: object) -> str | None:
     text = as_object(value).get("content") if isinstance(value, dict) else value
     check(key, repr(text), text is None or (isinstance(text, str) and bool(text)), "the name of a token", file)
     return text
+
+
+def read_settings(config: Mapping[str, Any], file: object) -> dict[str, Any]:
+    """What a config says of `SETTINGS`, tokens by their names alone."""
+    found = {key: config[key] for key in SETTINGS if config.get(key) is not None}
+    for key in found.keys() & {*NAMES}:
+        found[key] = token_text(config, key, file)
+    for key in [key for key in found if isinstance(found[key], list)]:
+        found[key] = [as_object(token).get("content", token) for token in as_list(found[key])]
+    if is_number(found.get("model_max_length")) and found["model_max_length"] >= UNLIMITED:
+        del found["model_max_length"]
+    return found
 
 
 def named_tokens(config: Mapping[str, Any], file: object) -> dict[str, tuple[int | None, bool]]:
@@ -186,6 +209,8 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def tokenizer_files(tokenizer: Tokenizer, file: object = "tokenizer") -> dict[str, bytes]:
     """The files, by name, that a folder needs for `folder_tokenizer` and transformers' AutoTokenizer alike."""
     encode, names = tokenizer.encode, {i: name for name, i in tokenizer.specials.items()}
+    for key, i in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
+        check(key, f"the id {i}", i is None or i in names, "a special token", file)
     if isinstance(encode, Characters):
         files = write_characters(encode)
     elif isinstance(encode, Pipeline):
@@ -200,6 +225,7 @@ def tokenizer_files(tokenizer: Tokenizer, file: object = "tokenizer") -> dict[st
         "clean_up_tokenization_spaces": False,
         "add_bos_token": tokenizer.adds_bos,
     }
+    config |= {key: value for key, value in tokenizer.settings.items() if key in SETTINGS}
     for key, i in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
         config |= {} if i is None else {key: names[i]}
     if tokenizer.templates:

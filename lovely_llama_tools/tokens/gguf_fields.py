@@ -8,7 +8,7 @@ from typing import Any
 
 from lovely_llama import LlamaError, check
 
-from .base import Tokenizer, check_template, with_ends
+from .base import Tokenizer, check_template, usual_stops, with_ends
 from .converting import vocabulary_of
 from .pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, built_tokenizer, setting
 from .pipelines import (
@@ -22,6 +22,14 @@ from .pipelines import (
     pipeline_tokenizer,
     token_names,
 )
+
+# The keys of special tokens, by their names in tokenizer_config.json. The third is spelt as gguf-py has it.
+PLACES = {
+    "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",
+    "mask_token": "mask_token_id",
+}
 
 
 def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokenizer:
@@ -67,7 +75,19 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
     tokenizer = with_ends(tokenizer, bos, eos, adds_bos, path)
     stops = tokenizer.stops | {i for i in ends.values() if i is not None}
     pieces = [b"" if kind == UNUSED else piece for kind, piece in zip(kinds, tokenizer.pieces, strict=True)]
-    return tokenizer._replace(template=template, templates=templates, stops=stops, pieces=pieces)
+    settings = named_settings({name: field(key, None) for name, key in PLACES.items()}, names, tokenizer.specials)
+    if type(adds_eos := field("add_eos_token", None)) is bool:
+        settings["add_eos_token"] = adds_eos
+    return tokenizer._replace(template=template, templates=templates, stops=stops, pieces=pieces, settings=settings)
+
+
+def named_settings(ids: Mapping[str, Any], names: list[str], specials: Mapping[str, int]) -> dict[str, Any]:
+    """Special tokens as tokenizer_config.json states them. An id beyond the vocabulary states none."""
+    known = {name: i for name, i in ids.items() if type(i) is int and 0 <= i < len(names)}
+    settings: dict[str, Any] = {name: names[i] for name, i in known.items() if names[i] in specials}
+    if "pad_token" in known.keys() - settings.keys():
+        settings["pad_token_id"] = known["pad_token"]
+    return settings
 
 
 def gpt2_vocabulary(
@@ -127,13 +147,35 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab: int, file: object = "tokenizer
     if "scores" in fields:
         fields["scores"] += [-1e4] * unused
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "add_bos_token": tokenizer.adds_bos}
-    fields |= {name: value for name, value in ends.items() if value is not None}
+    fields |= {name: value for name, value in ends.items() if value is not None} | settings_fields(tokenizer)[0]
     found = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
     if tokenizer.template is not None:
         found["tokenizer.chat_template"] = tokenizer.template
     if tokenizer.templates:
         found["tokenizer.chat_templates"] = [*tokenizer.templates]
     return found | {f"tokenizer.chat_template.{name}": text for name, text in tokenizer.templates.items()}
+
+
+def settings_fields(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys for what a tokenizer states besides its vocabulary, and what of that has no key.
+
+    llama.cpp knows two tokens that end an answer besides EOS and those whose names tell.
+    """
+    rest, fields = dict(tokenizer.settings), dict[str, Any]()
+    for name, key in PLACES.items():
+        if rest.get(name) in tokenizer.specials:
+            fields[key] = tokenizer.specials[rest.pop(name)]
+    for name, key in {"pad_token_id": PLACES["pad_token"], "add_eos_token": "add_eos_token"}.items():
+        if name in rest and key not in fields:
+            fields[key] = rest.pop(name)
+    stops = sorted(tokenizer.stops - usual_stops(tokenizer.specials, tokenizer.eos))
+    fields |= dict(zip(("eot_token_id", "eom_token_id"), stops, strict=False))
+    return fields, rest | ({"stops": stops[2:]} if stops[2:] else {})
+
+
+def without_key(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a tokenizer states and a GGUF has no key for."""
+    return settings_fields(tokenizer)[1]
 
 
 def canonical(pre: Any) -> list[dict[str, Any]]:
