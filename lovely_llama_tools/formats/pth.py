@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import warnings
 import zipfile
 from collections import Counter
 from functools import partial
@@ -39,7 +40,8 @@ class Part:
         """All tensors by name. torch reads what describes them, and with weights_only calls nothing that it names."""
         must = partial(check, file=self.path)
         try:
-            found: Any = self.torch.load(str(self.path), map_location="cpu", mmap=True, weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # newer versions warn of what is refused below
+                found: Any = self.torch.load(str(self.path), map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f"{named[1]}, which is code" if named else f"what torch refuses with {type(error).__name__}"
