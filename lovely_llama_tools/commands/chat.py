@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from ..inference.batch import BATCH, generate_all
 from ..inference.chat import chat_prompt, recent
 from ..inference.generate import Generation, Session, generate
 from ..interrupts import ending
+from ..strict_json import to_json
 from ..tokens import check_text
 from .options import MESH, MODEL, READING, add_command, chosen_mesh, ids, number, whole
 
@@ -154,7 +154,7 @@ def say_all(model: Model, lines: list[str], args: argparse.Namespace, sampling: 
         text = text if model.tokenizer else " ".join(map(str, tokens))
         shown = text.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r")
         record = {"prompt": line, "text": text, "reason": reason}
-        print(json.dumps(record) if args.json else shown, flush=True)
+        print(to_json(record) if args.json else shown, flush=True)
     if not args.quiet:
         speed = count / (time.perf_counter() - began)
         print(f"{len(lines)} prompts; new {count}, {speed:.1f}/s with the reading of prompts", file=sys.stderr)

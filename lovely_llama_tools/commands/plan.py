@@ -1,7 +1,6 @@
 """The command `plan`: whether a step fits on chips that need not exist, and what limits its speed."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..formats.model import DTYPES
 from ..planning.chips import CHIPS, parse_chips
 from ..planning.estimates import Task
 from ..planning.plans import COMPILER, SHEET, order, planned, ranked
+from ..strict_json import to_json
 from .options import MODEL, READING, add_command, columns, whole
 
 FEW = 4  # meshes that a sweep compiles
@@ -75,7 +75,7 @@ def plan(args: argparse.Namespace) -> None:
     check("mesh", args.mesh, bool(args.mesh) != args.sweep, "sizes of axes, such as fsdp=4,tensor=4; or --sweep")
     if not args.sweep:
         report = planned(task, part, parse_mesh(args.mesh), getattr(args, "debug", False))
-        sys.stdout.write(json.dumps(report, indent=2) + "\n" if args.json else show(args.model, report))
+        sys.stdout.write(to_json(report, indent=2) + "\n" if args.json else show(args.model, report))
         return
     found, candidates = list[dict[str, Any]](), ranked(task, part)
     with progress("compiling", len(candidates[:FEW])) as advance:
@@ -83,7 +83,7 @@ def plan(args: argparse.Namespace) -> None:
             found.append(planned(task, part, sizes, getattr(args, "debug", False)))
             advance(1)
     found.sort(key=order)
-    sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else ranking(found, len(candidates)))
+    sys.stdout.write(to_json(found, indent=2) + "\n" if args.json else ranking(found, len(candidates)))
 
 
 def config_of(name: str) -> Config:

@@ -10,7 +10,7 @@ from typing import Any
 from lovely_llama import LlamaError, check
 
 from ..formats.model import open_file
-from ..strict_json import read_json
+from ..strict_json import read_value
 
 BLOCK = 2**20  # characters read and tokenized at a time
 TEXTS, TOKENS = (".txt", ".jsonl"), (".bin", ".npy")  # suffixes looked for in folders
@@ -120,8 +120,10 @@ def read_records(path: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            listed = line.lstrip().startswith(b"[")
-            record = read_json(b'{"messages":' + line + b"}" if listed else line, where)
+            record = read_value(line.rstrip(), where, lines=True)
+            if isinstance(record, list):
+                record = {"messages": record}
+            check("JSON", f"a value of type {type(record).__name__}", isinstance(record, dict), "an object", where)
             if isinstance(text := record.get("text"), str) and "messages" not in record:
                 yield where, text
             else:

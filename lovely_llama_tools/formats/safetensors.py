@@ -1,6 +1,5 @@
 """safetensors: tensors in one file behind a header in JSON, which is checked in full before any is read."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from jaxtyping import Float
 
 from lovely_llama import check, is_whole
 
-from ..strict_json import read_json
+from ..strict_json import read_json, to_json
 from .model import read_at
 
 KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
@@ -79,7 +78,7 @@ def write_safetensors(
     for name, shape in shapes.items():
         end = at + KINDS[dtype].itemsize * math.prod(shape)
         header[name], at = {"dtype": dtype, "shape": shape, "data_offsets": (at, end)}, end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

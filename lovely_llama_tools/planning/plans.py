@@ -14,6 +14,7 @@ from lovely_llama import LlamaError, check
 
 from ..devices.mesh import check_rows, check_seq
 from ..devices.partition import specs
+from ..strict_json import to_json
 from .chips import Slice
 from .estimates import Share, Task, computed_flops, meshes, model_flops, seconds
 
@@ -96,7 +97,7 @@ def compiled(task: Task, part: Slice, sizes: dict[str, int], debug: bool) -> dic
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, **ABSENT}
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "lovely_llama_tools.planning.compiling", json.dumps(request)], text=True,
+        [sys.executable, "-P", "-m", "lovely_llama_tools.planning.compiling", to_json(request)], text=True,
         env=os.environ | environment, stdin=subprocess.PIPE,  # when it closes, the compiler ends
         stdout=subprocess.PIPE, stderr=None if debug else subprocess.DEVNULL,
     ) as process:  # fmt: skip

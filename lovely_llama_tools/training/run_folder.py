@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from ..devices.cluster import index, processes
 from ..formats.files import WRITERS, load, publish
 from ..formats.model import Model, open_file
 from ..formats.safetensors import read_tensor, scan_safetensors, write_safetensors
-from ..strict_json import read_json
+from ..strict_json import read_json, to_json
 from ..tokens.base import small_file
 
 LOCK, RUN, STATE, OPTIMIZER, BEST = ".lock", "run.json", "state.json", "optimizer.safetensors", "best"
@@ -124,7 +123,7 @@ def writing(target: Path) -> Generator[None]:
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, replacing any earlier one."""
     with replacing(path) as new:
-        new.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+        new.write_bytes(to_json(fields, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -166,7 +165,7 @@ def digest(path: Path) -> str:
 def checksum(fields: Mapping[str, Any]) -> str:
     """The SHA-256 of a JSON object without its field sha256."""
     bare = {key: value for key, value in fields.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(bare, sort_keys=True).encode()).hexdigest()
 
 
 def write_hf(model: Model, arrays: Arrays, path: Path) -> None:
@@ -192,7 +191,7 @@ def save_checkpoint(
         write(new)
         files = {name: digest(new / name) for name in files_in(new)}
         fields: dict[str, Any] = {**progress._asdict(), "fingerprints": dict(fingerprints), "files": files}
-        (new / STATE).write_text(json.dumps({**fields, "sha256": checksum(fields)}, indent=2) + "\n")
+        (new / STATE).write_text(to_json({**fields, "sha256": checksum(fields)}, indent=2) + "\n")
     if progress.best_step == progress.step:
         link_best(run, progress.step)
     prune(run, progress, last)

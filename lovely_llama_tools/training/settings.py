@@ -16,6 +16,7 @@ from lovely_llama import CONFIGS, Config, __version__, check, check_config
 
 from ..devices.cluster import processes, several
 from ..devices.mesh import check_rows, make_mesh, parse_mesh
+from ..strict_json import to_json
 from .step import MATRICES, StepOptions
 
 # Settings of a new model, which --init-from excludes.
@@ -230,4 +231,4 @@ def fingerprints_of(s: Settings, config: Config, others: Mapping[str, str]) -> d
     """Everything that must be the same on resume, by name."""
     sizes = {f"config.{name}": value for name, value in asdict(config).items()}
     fingerprints = {**sizes, **{name: getattr(s, name) for name in REPRODUCED}, **others, "versions": versions()}
-    return json.loads(json.dumps(fingerprints))
+    return json.loads(to_json(fingerprints))
