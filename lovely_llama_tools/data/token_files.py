@@ -5,6 +5,7 @@ import os
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -49,8 +50,9 @@ class Writer:
 
     def discard(self) -> None:
         """Delete the file, unless it has been published."""
-        self.file.close()
         self.part.unlink(missing_ok=True)
+        with suppress(OSError):  # of a full disk, once more
+            self.file.close()
 
 
 class Part(NamedTuple):

@@ -14,9 +14,8 @@ from lovely_llama import LlamaError
 from ..extras import extra
 from ..pictures.losses import draw_losses
 from ..strict_json import nulled, to_json
-from .run_folder import Progress
+from .run_folder import METRICS, PICTURE, SAMPLES, Progress
 
-METRICS, SAMPLES, PICTURE = "metrics.jsonl", "samples.jsonl", "loss.png"
 TERMINAL, ELSEWHERE = 0.1, 10.0  # least seconds between progress lines; on a terminal each replaces the last
 
 

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,14 +16,18 @@ from jaxtyping import Float
 
 from lovely_llama import LlamaError, check
 
+from ..data.corpora import is_litter
 from ..devices.cluster import index, processes
-from ..formats.files import WRITERS, load, publish
+from ..formats.files import BEST, RUN, WRITERS, load, publish
 from ..formats.model import Model, open_file
 from ..formats.safetensors import read_tensor, scan_safetensors, write_safetensors
 from ..strict_json import read_json, to_json
 from ..tokens.base import small_file
 
-LOCK, RUN, STATE, OPTIMIZER, BEST = ".lock", "run.json", "state.json", "optimizer.safetensors", "best"
+LOCK, STATE, OPTIMIZER = ".lock", "state.json", "optimizer.safetensors"
+METRICS, SAMPLES, PICTURE = "metrics.jsonl", "samples.jsonl", "loss.png"
+DATA = "data"  # folder of the encoded tokens
+FIRST = (RUN, METRICS, SAMPLES, "events.out.tfevents.*", "step-0")  # there before the first step
 FORMATS = ("hf", "orbax")  # of checkpoints
 Arrays = Mapping[str, Float[np.ndarray, "..."]]
 
@@ -69,8 +74,9 @@ class Checkpoint(NamedTuple):
 def locked(run: Path) -> Generator[None]:
     """Lock the folder of a run, created if needed, against other processes. The lock ends with the process.
 
-    Incomplete files of an earlier process are removed.
+    Incomplete files of an earlier process are removed; in the end, a folder in which nothing has been written.
     """
+    made = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
         number = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -79,6 +85,8 @@ def locked(run: Path) -> Generator[None]:
     with open(number, "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(number), os.stat(run / LOCK)):  # its process has just removed it
+                raise BlockingIOError
         except OSError as error:
             raise LlamaError(run, "lock", f"locked by process {lock.read(20)}", "a run for one process") from error
         lock.truncate(0)
@@ -86,7 +94,38 @@ def locked(run: Path) -> Generator[None]:
         lock.flush()
         for part in run.glob(".*.part"):
             remove(part)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if {path.name for path in run.iterdir()} <= {LOCK, DATA}:
+                    if (run / DATA).exists():
+                        (run / DATA).rmdir()  # fails unless it is empty
+                    (run / LOCK).unlink()
+                    if made:
+                        run.rmdir()
+
+
+def check_new(run: Path) -> None:
+    """Refuse a folder that holds anything but encoded data and what other programs scatter.
+
+    What a start has left that failed before its first step is removed.
+    """
+    there = sorted(path.name for path in run.iterdir() if path.name != DATA and not is_litter(path.name))
+    failed = [name for name in there if any(fnmatchcase(name, first) for first in FIRST)] if is_unbegun(run) else []
+    others = [name for name in there if name not in failed]
+    check("path", f"a folder with {', '.join(others[:3])}", not others, "a new one, or --resume", run)
+    for name in failed:
+        remove(run / name)
+
+
+def is_unbegun(run: Path) -> bool:
+    """Whether a folder is that of a run without a single step."""
+    try:
+        described = read_fields(run / RUN).keys() >= {"options", "config", "fingerprints"}
+        return described and not any(steps(run)) and not ((run / METRICS).exists() and (run / METRICS).stat().st_size)
+    except LlamaError:
+        return False
 
 
 def remove(path: Path) -> None:
@@ -214,7 +253,7 @@ def verify(path: Path, own: slice = slice(None)) -> dict[str, Any]:
     good = fields.get("sha256") == checksum(fields)
     check("sha256", "another than its own", good, "the contents that were saved", path / STATE)
     files: dict[str, str] = fields["files"]
-    strange = sorted({*files_in(path)} - files.keys() - {STATE})
+    strange = sorted(name for name in {*files_in(path)} - files.keys() - {STATE} if not is_litter(Path(name).name))
     check("path", "a file that was not saved with the others", not strange, "none", path / (strange or [""])[0])
     for name, known in [*files.items()][own]:
         check("sha256", "another than in state.json", digest(path / name) == known, "what was saved", path / name)

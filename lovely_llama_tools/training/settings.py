@@ -19,6 +19,7 @@ from ..devices.mesh import check_rows, make_mesh, parse_mesh
 from ..strict_json import to_json
 from .step import MATRICES, StepOptions
 
+LEARNED = ("chars", "bpe")  # tokenizers
 # Settings of a new model, which --init-from excludes.
 MODEL = ("layers", "heads", "kv_heads", "dim", "hidden_dim", "theta", "tied", "init_std")
 
@@ -133,6 +134,9 @@ def settle(given: Mapping[str, Any], before: Mapping[str, Any]) -> Settings:
     unknown = sorted(fields.keys() - {*Settings._fields})
     check("options", ", ".join(unknown), not unknown, f"those of version {__version__}", "run.json")
     fields["data"] = tuple(os.path.abspath(path) for path in fields["data"])
+    for name in ("init_from", "tokenizer"):
+        if (value := fields[name]) and value not in LEARNED and os.path.exists(value):  # else on the hub, or nowhere
+            fields[name] = os.path.abspath(value)
     s = Settings(**fields)
     for name, bound in NUMBERS.items():
         if (value := getattr(s, name)) is not None:
