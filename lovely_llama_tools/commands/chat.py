@@ -16,6 +16,7 @@ from typing import Any
 from lovely_llama import LIMITS, LlamaError, Sampling, check
 
 from ..data.corpora import read_text
+from ..extras import counted
 from ..formats.files import default_model, load
 from ..formats.model import DTYPES, Model
 from ..inference.batch import BATCH, generate_all
@@ -112,7 +113,8 @@ def say(generation: Generation, quiet: bool = False) -> str:
     prompt = read / (times[1] - times[0]) if len(times) > 1 else 0
     decode = (len(times) - 3) / (times[-1] - times[2]) if len(times) > 3 else 0
     ends = {"stop": "ended", "length": "cut at --max-new", "context": "cut where the context ends"}
-    counts = f"prompt {len(generation.prompt)} tokens{f' ({cached} cached)' if cached else ''}, {prompt:.1f}/s"
+    read = counted(len(generation.prompt), "token")
+    counts = f"prompt {read}{f' ({cached} cached)' if cached else ''}, {prompt:.1f}/s"
     if not quiet:
         end = ends.get(reason, reason)
         print(f"{counts}; new {len(generation.tokens)}, {decode:.1f}/s; {end}", file=sys.stderr)
@@ -157,7 +159,8 @@ def say_all(model: Model, lines: list[str], args: argparse.Namespace, sampling: 
         print(to_json(record) if args.json else shown, flush=True)
     if not args.quiet:
         speed = count / (time.perf_counter() - began)
-        print(f"{len(lines)} prompts; new {count}, {speed:.1f}/s with the reading of prompts", file=sys.stderr)
+        read = counted(len(lines), "prompt")
+        print(f"{read}; new {count}, {speed:.1f}/s with the reading of prompts", file=sys.stderr)
 
 
 def talk(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from lovely_llama import LlamaError, check, is_number, is_whole
 
-from ..extras import progress
+from ..extras import counted, progress
 from ..formats.files import publish
 from ..formats.model import open_file
 from ..strict_json import read_json, to_json
@@ -287,7 +287,8 @@ def cut_documents(
         asked, useful = np.array([not mask[0] for mask in masks]), np.array([mask[1:].any() for mask in masks])
         pieces = np.where(asked, useful, pieces)
         if unused := int((asked & ~useful).sum()):
-            print(f"note: {unused} conversations have no answer in their first {seq} tokens", file=sys.stderr)
+            where = f"the first {counted(seq, 'token')} of {counted(unused, 'conversation')}"
+            print(f"note: no answer in {where}", file=sys.stderr)
     piece = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return np.repeat(starts, pieces) + piece * seq, np.minimum(np.repeat(targets, pieces) - piece * seq, seq)
 

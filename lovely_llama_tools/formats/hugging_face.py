@@ -62,7 +62,7 @@ def open_folder(path: Path, files: ExitStack) -> Checkpoint:
     config, fields = read_config(read_fields(path / CONFIG), path / CONFIG)
     found = open_tensors(path, files)
     layers, most = config.layers, len(found)
-    check("num_hidden_layers", layers, layers <= most, f"no more than the {most} tensors", path / CONFIG)
+    check("num_hidden_layers", layers, layers <= most, f"no more than tensors, {most}", path / CONFIG)
     if config.tied and EMBED in found and UNEMBED in found:
         differs = f"true, with {UNEMBED} other than the embedding"
         check("tie_word_embeddings", differs, are_equal(found[EMBED], found[UNEMBED]), "both the same", path / CONFIG)

@@ -130,7 +130,7 @@ class Estimate(NamedTuple):
 def ranked(task: Task, part: Slice) -> list[Estimate]:
     """The meshes over which everything divides, the best by formula first."""
     found = [sizes for sizes in meshes(part.devices) if divides(task, part, sizes)]
-    check("mesh", "no mesh", bool(found), f"one of {part.devices} devices that divides batch, seq and model")
+    check("mesh", "no mesh", bool(found), f"one of {counted(part.devices, 'device')} that divides batch, seq and model")
 
     def estimate(sizes: dict[str, int]) -> Estimate:
         share = Share(task, sizes)
