@@ -78,6 +78,7 @@ def locked(run: Path) -> Generator[None]:
     """
     made = not run.exists()
     try:
+        before = set[str]() if made else {path.name for path in run.iterdir()}
         run.mkdir(parents=True, exist_ok=True)
         number = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -98,8 +99,9 @@ def locked(run: Path) -> Generator[None]:
             yield
         finally:
             with suppress(OSError):
-                if {path.name for path in run.iterdir()} <= {LOCK, DATA}:
-                    if (run / DATA).exists():
+                new = {path.name for path in run.iterdir()} - before
+                if LOCK in new <= {LOCK, DATA}:
+                    if DATA in new:
                         (run / DATA).rmdir()  # fails unless it is empty
                     (run / LOCK).unlink()
                     if made:
