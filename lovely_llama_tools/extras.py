@@ -50,7 +50,7 @@ def counted(n: int, noun: str, form: str = "") -> str:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "", delay: float = 1) -> Generator[Callable[[int], object]]:
+def progress(what: str, total: int, unit: str = "", delay: int = 1) -> Generator[Callable[[int], object]]:
     """A bar on stderr for something that takes over `delay` seconds; what it gives is called with each advance.
 
     There is none where stderr is no terminal, or tqdm is not installed.

@@ -111,6 +111,7 @@ def test_a_sweep_says_at_once_what_formulas_say(
     monkeypatch.setattr("lovely_llama_tools.commands.plan.planned", compiling)
     sweep = ["plan", "stories260k", "--chips", "v5e:4x4", "--sweep", "--batch", "16", "--seq", "64"]
     assert main(sweep) == 1
+    capsys.readouterr()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main([*sweep, "--json"]) == 1
     (out, err), (json_out, bar) = said
