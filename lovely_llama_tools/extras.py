@@ -44,9 +44,14 @@ def extra(module: str, name: str) -> Any:
         raise LlamaError("environment", module.split(".")[0], "no such package", how) from error
 
 
+def counted(n: int, noun: str, form: str = "") -> str:
+    """A number of things: "1 step", "2 steps"; in the form ",", "1,000 steps"."""
+    return f"{n:{form}} {noun}" if n == 1 else f"{n:{form}} {noun}s"
+
+
 @contextmanager
-def progress(what: str, total: int, unit: str = "") -> Generator[Callable[[int], object]]:
-    """A bar on stderr for something that takes over a second; what it gives is called with each advance.
+def progress(what: str, total: int, unit: str = "", delay: int = 1) -> Generator[Callable[[int], object]]:
+    """A bar on stderr for something that takes over `delay` seconds; what it gives is called with each advance.
 
     There is none where stderr is no terminal, or tqdm is not installed.
     """
@@ -54,6 +59,6 @@ def progress(what: str, total: int, unit: str = "") -> Generator[Callable[[int],
     if not shown or importlib.util.find_spec("tqdm") is None:
         yield lambda n: None
         return
-    bar: Any = importlib.import_module("tqdm").tqdm(total=total, desc=what, unit=unit, delay=1, leave=False)
+    bar: Any = importlib.import_module("tqdm").tqdm(total=total, desc=what, unit=unit, delay=delay, leave=False)
     with bar:
         yield bar.update

@@ -1,17 +1,45 @@
-"""JSON without what Python's parser lets pass: duplicate keys, NaN, infinities, numbers of any length, any depth."""
+"""JSON without what Python's own lets pass: duplicate keys, NaN, infinities, numbers of any length, any depth."""
 
 import json
+import math
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 from lovely_llama import LlamaError, check
 
 DIGITS = 40  # of a whole number; transformers itself writes 10³⁰ for "no limit"
 
 
-def read_json(data: bytes, file: object) -> dict[str, Any]:
-    """The object that a file holds, RFC 8259: UTF-8 without a byte order mark, each key once, finite numbers."""
+def to_json(value: Any, **form: Any) -> str:
+    """A value as JSON that `read_json` accepts, in the form that `json.dumps` is asked for. NaN and ∞ are refused."""
+    try:
+        return json.dumps(value, allow_nan=False, **form)
+    except ValueError as error:
+        raise ArithmeticError(f"JSON: got NaN or ∞ in {value!r:.80}, expected finite numbers") from error
+
+
+def nulled(value: Any) -> Any:
+    """Measured values with None, JSON's null, in place of NaN and ∞."""
+    if isinstance(value, dict):
+        return {key: nulled(part) for key, part in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [nulled(part) for part in cast(list[Any], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(data: bytes, file: object, lines: bool = False) -> dict[str, Any]:
+    """The object that a file holds, RFC 8259: UTF-8 without a byte order mark, each key once, finite numbers.
+
+    Of a file of JSON lines it is one of them, whose number the caller says.
+    """
+    found = read_value(data, file, lines)
+    check("JSON", f"a value of type {type(found).__name__}", isinstance(found, dict), "an object", file)
+    return found
+
+
+def read_value(data: bytes, file: object, lines: bool = False) -> Any:
+    """As `read_json`, a value of any type."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
@@ -43,9 +71,9 @@ def read_json(data: bytes, file: object) -> dict[str, Any]:
     except UnicodeError as error:
         raise LlamaError(file, "JSON", "bytes that are not UTF-8", "UTF-8") from error
     except json.JSONDecodeError as error:
-        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        place = f"column {error.colno}" if lines else f"line {error.lineno}, column {error.colno}"
+        where = f"{error.msg.removesuffix(' at')} at {place}"
         raise LlamaError(file, "JSON", "no bytes" if not data else where, "an object in JSON") from error
     except RecursionError as error:
         raise LlamaError(file, "JSON", "values nested too deep", "an object in JSON") from error
-    check("JSON", f"a value of type {type(found).__name__}", isinstance(found, dict), "an object", file)
     return found

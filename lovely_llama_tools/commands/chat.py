@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import os
 import re
 import signal
@@ -17,12 +16,14 @@ from typing import Any
 from lovely_llama import LIMITS, LlamaError, Sampling, check
 
 from ..data.corpora import read_text
+from ..extras import counted
 from ..formats.files import default_model, load
 from ..formats.model import DTYPES, Model
 from ..inference.batch import BATCH, generate_all
 from ..inference.chat import chat_prompt, recent
 from ..inference.generate import Generation, Session, generate
 from ..interrupts import ending
+from ..strict_json import to_json
 from ..tokens import check_text
 from .options import MESH, MODEL, READING, add_command, chosen_mesh, ids, number, whole
 
@@ -112,7 +113,8 @@ def say(generation: Generation, quiet: bool = False) -> str:
     prompt = read / (times[1] - times[0]) if len(times) > 1 else 0
     decode = (len(times) - 3) / (times[-1] - times[2]) if len(times) > 3 else 0
     ends = {"stop": "ended", "length": "cut at --max-new", "context": "cut where the context ends"}
-    counts = f"prompt {len(generation.prompt)} tokens{f' ({cached} cached)' if cached else ''}, {prompt:.1f}/s"
+    read = counted(len(generation.prompt), "token")
+    counts = f"prompt {read}{f' ({cached} cached)' if cached else ''}, {prompt:.1f}/s"
     if not quiet:
         end = ends.get(reason, reason)
         print(f"{counts}; new {len(generation.tokens)}, {decode:.1f}/s; {end}", file=sys.stderr)
@@ -154,10 +156,11 @@ def say_all(model: Model, lines: list[str], args: argparse.Namespace, sampling: 
         text = text if model.tokenizer else " ".join(map(str, tokens))
         shown = text.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r")
         record = {"prompt": line, "text": text, "reason": reason}
-        print(json.dumps(record) if args.json else shown, flush=True)
+        print(to_json(record) if args.json else shown, flush=True)
     if not args.quiet:
         speed = count / (time.perf_counter() - began)
-        print(f"{len(lines)} prompts; new {count}, {speed:.1f}/s with the reading of prompts", file=sys.stderr)
+        read = counted(len(lines), "prompt")
+        print(f"{read}; new {count}, {speed:.1f}/s with the reading of prompts", file=sys.stderr)
 
 
 def talk(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """The command `evaluate`: perplexity of a model on texts, and its results on tasks of lm-eval."""
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..data.corpora import read_text
 from ..formats.files import load
 from ..inference.harness import run_tasks
 from ..inference.scoring import Score, perplexity
+from ..strict_json import nulled, to_json
 from .options import MESH, MODEL, READING, add_command, chosen_mesh, ids, whole
 
 OPTIONS = {
@@ -54,7 +54,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check("TEXT", "none", bool(args.texts or args.tasks), "a file, - for stdin, or --tasks")
     report = on_tasks(args) if args.tasks else on_texts(args)
     if args.json:
-        print(json.dumps(report, ensure_ascii=False, indent=2))
+        print(to_json(nulled(report), ensure_ascii=False, indent=2))
         return
     for name, value in report.items():
         shown = f"{value:.6g}" if isinstance(value, float) else "unknown" if value is None else f"{value:,}"

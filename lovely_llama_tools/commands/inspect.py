@@ -1,7 +1,6 @@
 """The command `inspect`: a report on a checkpoint, as text or JSON."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from lovely_llama import CONFIGS
 
 from ..formats.files import checkpoint
 from ..formats.report import checkpoint_report, config_report
+from ..strict_json import nulled, to_json
 from .options import MODEL, READING, add_command, columns
 
 OPTIONS = {
@@ -38,7 +38,7 @@ def inspect(args: argparse.Namespace) -> None:
     else:
         with checkpoint(args.model) as found:
             report = checkpoint_report(found)
-    sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if args.json else show(report))
+    sys.stdout.write(to_json(nulled(report), indent=2, ensure_ascii=False) + "\n" if args.json else show(report))
 
 
 def show(report: dict[str, Any]) -> str:

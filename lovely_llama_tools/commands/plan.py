@@ -1,7 +1,7 @@
 """The command `plan`: whether a step fits on chips that need not exist, and what limits its speed."""
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,18 @@ from typing import Any
 from lovely_llama import CONFIGS, Config, check
 
 from ..devices.mesh import HELP, parse_mesh
-from ..extras import progress
+from ..extras import counted, progress
 from ..fast.layers import KEEP
 from ..formats.files import checkpoint
 from ..formats.model import DTYPES
-from ..planning.chips import CHIPS, parse_chips
+from ..planning.chips import CHIPS, Slice, parse_chips
 from ..planning.estimates import Task
-from ..planning.plans import COMPILER, SHEET, order, planned, ranked
+from ..planning.plans import COMPILER, SHEET, Estimate, capacity, order, planned, ranked
+from ..strict_json import to_json
 from .options import MODEL, READING, add_command, columns, whole
 
 FEW = 4  # meshes that a sweep compiles
+SHOWN = 12  # meshes that a sweep shows of its ranking by formula
 BOUNDS = "A step takes at least the longest of these times: tokens/s and utilisation are upper bounds."
 
 
@@ -75,15 +77,17 @@ def plan(args: argparse.Namespace) -> None:
     check("mesh", args.mesh, bool(args.mesh) != args.sweep, "sizes of axes, such as fsdp=4,tensor=4; or --sweep")
     if not args.sweep:
         report = planned(task, part, parse_mesh(args.mesh), getattr(args, "debug", False))
-        sys.stdout.write(json.dumps(report, indent=2) + "\n" if args.json else show(args.model, report))
+        sys.stdout.write(to_json(report, indent=2) + "\n" if args.json else show(args.model, report))
         return
     found, candidates = list[dict[str, Any]](), ranked(task, part)
-    with progress("compiling", len(candidates[:FEW])) as advance:
-        for sizes in candidates[:FEW]:
-            found.append(planned(task, part, sizes, getattr(args, "debug", False)))
+    if not args.json:
+        print(by_formula(candidates), flush=True)  # compiling takes minutes
+    with progress("compiling", len(candidates[:FEW]), delay=0) as advance:
+        for one in candidates[:FEW]:
+            found.append(planned(task, part, one.mesh, getattr(args, "debug", False)))
             advance(1)
     found.sort(key=order)
-    sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else ranking(found, len(candidates)))
+    sys.stdout.write(to_json(found, indent=2) + "\n" if args.json else ranking(found, part))
 
 
 def config_of(name: str) -> Config:
@@ -97,8 +101,18 @@ def config_of(name: str) -> Config:
 # ---- As text ---------------------------------------------------------------------------------------------------------
 
 
-def ranking(found: Sequence[dict[str, Any]], candidates: int) -> str:
-    """Format a sweep as a table."""
+def by_formula(candidates: Sequence[Estimate]) -> str:
+    """Format the ranking of a sweep by formula as a table."""
+    table: list[tuple[str, ...]] = [("mesh", "fits", "held", "sent", "seconds")]
+    for one in candidates[:SHOWN]:
+        spent = "" if one.seconds is None else f"{one.seconds:.3g}"
+        table.append((mesh_name(one.mesh), "yes" if one.fits else "no", memory(one.held), memory(one.sent), spent))
+    said = f"By formula: the best {len(table) - 1} of {len(candidates)}, per device and step."
+    return "\n".join([*columns(table), "", said, ""])
+
+
+def ranking(found: Sequence[dict[str, Any]], part: Slice) -> str:
+    """Format what a sweep has compiled as a table."""
     table: list[tuple[str, ...]] = [("mesh", "fits", "peak", "bound by", "seconds", "tokens/s", "utilisation")]
     for report in found:
         peak = memory(report["peak"]) if "peak" in report else report["reason"]
@@ -107,7 +121,8 @@ def ranking(found: Sequence[dict[str, Any]], candidates: int) -> str:
             spent, speed = max(report["seconds"].values()), report["tokens_per_second"]
             times = [report["bound"], f"{spent:.3g}", f"{speed:,.0f}", f"{report['utilisation']:.0%}"]
         table.append((mesh_name(report["mesh"]), "yes" if report["fits"] else "no", peak, *times))
-    return "\n".join(columns(table)) + f"\n\nCompiled: the best {len(found)} of {candidates} by formula. {BOUNDS}\n"
+    said = BOUNDS if part.chip else f"All {part.devices} devices share this machine's memory, {memory(capacity(part))}."
+    return "\n".join(columns(table)) + f"\n\nCompiled: the best {len(found)} by formula. {said}\n"
 
 
 def mesh_name(sizes: dict[str, int]) -> str:
@@ -124,7 +139,7 @@ def show(model: str, report: dict[str, Any]) -> str:
     """Format a plan as text, with the source of each figure."""
     task, times = report["task"], report.get("seconds")
     what = "decoding one token for" if task["decode"] else "a training step of"
-    rows = f"{task['batch']:,} sequences of {task['seq']:,}"
+    rows = f"{counted(task['batch'], 'sequence', ',')} of {task['seq']:,}"
     head = f"{model}, {what} {rows}, {report['chips']}, {mesh_name(report['mesh'])}"
     sources: dict[str, str] = report["sources"]
 
@@ -132,7 +147,9 @@ def show(model: str, report: dict[str, Any]) -> str:
         return [(what, memory(report[name]), sources[name])] if report.get(name) else []
 
     rows = [("fits", "yes" if report["fits"] else "no", sources["fits"])]
-    rows += [*row("capacity", "memory"), *row("peak", "peak"), *row("arguments", "arguments")]
+    devices = math.prod(report["mesh"].values())
+    rows += [*row("capacity", "memory, of all devices" if "together" in report else "memory"), *row("peak", "peak")]
+    rows += [*row("together", f"peak of {counted(devices, 'device')}"), *row("arguments", "arguments")]
     rows += [(f"  {name}", memory(size), sources["held"]) for name, size in report["held"].items()]
     rows += [*row("temporaries", "temporaries"), *row("gradients", "  gradients"), *row("kept", "  kept by layers")]
     rows.append(("model FLOPs, all", f"{report['model_flops']:.4g}", sources["model_flops"]))

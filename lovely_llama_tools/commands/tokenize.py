@@ -10,6 +10,7 @@ from typing import Any
 from lovely_llama import LlamaError, check
 
 from ..data.corpora import TEXTS, corpus_files, read_texts
+from ..extras import counted
 from ..formats.files import default_model, load_tokenizer, publish
 from ..tokens import Tokenizer, check_text, tokenizer_bin, tokenizer_files
 from ..tokens.folders import CONFIG, SOURCES
@@ -93,7 +94,7 @@ def train(args: argparse.Namespace) -> None:
             shutil.rmtree(part)
     except OSError as error:
         raise LlamaError(out, "path", error.strerror, "a folder that can be written to") from error
-    print(f"{out}: {len(tokenizer.pieces):,} tokens in {', '.join(files)}")
+    print(f"{out}: {counted(len(tokenizer.pieces), 'token', ',')} in {', '.join(files)}")
 
 
 def show(args: argparse.Namespace) -> None:

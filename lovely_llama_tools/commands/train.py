@@ -13,10 +13,11 @@ from ..devices.cluster import several
 from ..devices.mesh import HELP
 from ..devices.processes import again, watched
 from ..fast.layers import KEEP
+from ..formats.files import RUN
 from ..formats.model import DTYPES
 from ..interrupts import PARENT
 from ..training import loop
-from ..training.run_folder import FORMATS, RUN, read_fields, steps
+from ..training.run_folder import FORMATS, read_fields, steps
 from ..training.settings import NUMBERS, Settings, settle
 from ..training.step import MATRICES
 from .options import ORBAX, READING, add_command, number, whole

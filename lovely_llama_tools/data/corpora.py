@@ -4,13 +4,14 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lovely_llama import LlamaError, check
 
 from ..formats.model import open_file
-from ..strict_json import read_json
+from ..strict_json import read_value
 
 BLOCK = 2**20  # characters read and tokenized at a time
 TEXTS, TOKENS = (".txt", ".jsonl"), (".bin", ".npy")  # suffixes looked for in folders
@@ -18,10 +19,19 @@ IDS, DESCRIPTION = "tokens.bin", "data.json"  # files of a folder that `prepare`
 STANDARD_LIBRARY = 2**22  # bytes of its source code used as a corpus
 
 
+# What programs and systems scatter among other files: hidden files, backups, caches of pictures, rescued parts.
+LITTER = (".*", "*~", "#*#", "Thumbs.db", "desktop.ini", "__MACOSX", "lost+found", "@eaDir")
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or a folder of this name is none of a user's own, nor of ours."""
+    return any(fnmatchcase(name, pattern) for pattern in LITTER)
+
+
 def corpus_files(paths: Sequence[str], suffixes: Sequence[str] = (*TEXTS, *TOKENS)) -> list[Path]:
     """The files at these paths; in folders, all with known suffixes, sorted, token files only if there are no texts.
 
-    Without paths: the source code of Python's standard library.
+    Hidden files and other litter of a folder are left out. Without paths: the source code of Python's standard library.
     """
     found = list[Path]()
     for path in map(Path, paths):
@@ -31,6 +41,7 @@ def corpus_files(paths: Sequence[str], suffixes: Sequence[str] = (*TEXTS, *TOKEN
                 found.append(path)
                 continue
             inside = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+            inside = [file for file in inside if not any(map(is_litter, file.relative_to(path).parts))]
             inside = [path / IDS] if (path / DESCRIPTION).exists() and path / IDS in inside else inside
         except OSError as error:
             raise LlamaError(path, "path", error.strerror, "a folder that can be read") from error
@@ -120,8 +131,10 @@ def read_records(path: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            listed = line.lstrip().startswith(b"[")
-            record = read_json(b'{"messages":' + line + b"}" if listed else line, where)
+            record = read_value(line.rstrip(), where, lines=True)
+            if isinstance(record, list):
+                record = {"messages": record}
+            check("JSON", f"a value of type {type(record).__name__}", isinstance(record, dict), "an object", where)
             if isinstance(text := record.get("text"), str) and "messages" not in record:
                 yield where, text
             else:

@@ -1,10 +1,10 @@
 """From a corpus to training and validation data: texts, conversations, or files of token ids."""
 
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,13 @@ from jaxtyping import Int
 
 from lovely_llama import LlamaError, check, is_number, is_whole
 
-from ..extras import progress
+from ..extras import counted, progress
 from ..formats.files import publish
 from ..formats.model import open_file
-from ..strict_json import read_json
+from ..strict_json import read_json, to_json
 from ..tokens import Tokenizer, fit, folder_tokenizer, tokenizer_files
 from ..tokens.base import small_file
+from ..tokens.folders import CONFIG, SOURCES
 from ..tokens.pipelines import as_object
 from ..tokens.training import train_bpe, train_characters
 from .batches import Batch as Batch
@@ -64,13 +65,14 @@ class Description(NamedTuple):
 
 def prepare(
     paths: Sequence[str], folder: Path, *, tokenizer: Tokenizer | str | None = None, vocab: int | None = None,
-    seq: int, fraction: float = 0.1, pack: bool = False,
+    seq: int, fraction: float = 0.1, pack: bool = False, replace: bool = False,
 ) -> Corpus:  # fmt: skip
     """Read a corpus: texts, JSON lines of conversations or of texts, folders of them; or token files.
 
     Texts are tokenized into the folder once, and reused if they have not changed. The tokenizer is given, or learned
     from the texts: "bpe" with `vocab` tokens, or "chars", the default. Token files (.bin as nanoGPT and llama2.c write
-    them, or .npy) stay where they are. Without paths the corpus is the source code of Python's standard library.
+    them, or .npy) stay where they are. A folder with the tokens of other texts, or by another tokenizer, is refused
+    unless `replace`. Without paths the corpus is the source code of Python's standard library.
 
     The last `fraction` of the tokens is held out for validation; of the documents, if sequences consist of documents:
     several per sequence with `pack`, or one conversation per sequence. In conversations only the assistant's answers
@@ -83,7 +85,7 @@ def prepare(
     kinds = {file.suffix in TOKENS for file in files}
     check("path", "texts and token files", len(kinds) == 1, "the one or the other", where)
     if False in kinds:
-        return prepare_texts(files, where, folder, tokenizer or "chars", vocab, rows)
+        return prepare_texts(files, where, folder, tokenizer or "chars", vocab, rows, replace)
     if isinstance(tokenizer, str):
         raise LlamaError("arguments", "tokenizer", repr(tokenizer), "that of the token files, in its folder")
     said = describe(files[0].parent) if [file.name for file in files] == [IDS] else None
@@ -96,7 +98,8 @@ def prepare(
 
 
 def prepare_texts(
-    files: Sequence[Path], where: object, folder: Path, tokenizer: Tokenizer | str, vocab: int | None, rows: Rows
+    files: Sequence[Path], where: object, folder: Path, tokenizer: Tokenizer | str, vocab: int | None, rows: Rows,
+    replace: bool,
 ) -> Corpus:  # fmt: skip
     """Tokenize texts into a folder, unless it holds their tokens, and open it. The description is written last."""
     given = tokenizer if isinstance(tokenizer, str) else fingerprint(tokenizer)
@@ -106,21 +109,27 @@ def prepare_texts(
     said = describe(folder)
     for name, value in origin.items() if said else ():
         stored = getattr(said, name)
-        check(name, stored, stored == value, f"{value}, or an empty folder", folder / DESCRIPTION)
-    if said and isinstance(tokenizer, str):
-        tokenizer = folder_tokenizer(folder) or tokenizer
+        check(name, stored, replace or stored == value, f"{value}, or an empty folder", folder / DESCRIPTION)
     try:
+        if replace and said and any(getattr(said, name) != value for name, value in origin.items()):
+            said = discard(folder, [DESCRIPTION, *said.sha256, *SOURCES, CONFIG])
+        if said and isinstance(tokenizer, str):
+            tokenizer = folder_tokenizer(folder) or tokenizer
         folder.mkdir(parents=True, exist_ok=True)
+        made = dict[str, bytes]()
         if isinstance(tokenizer, str):
             tokenizer = learn(files, tokenizer, vocab)
-            for name, data in tokenizer_files(tokenizer).items():
-                write_file(folder / name, data)
-        if said:
-            return open_corpus([folder / IDS], where, tokenizer, vocab, said, rows)
-        with progress("tokens", size, "B") as advance:
-            said = write_tokens(files, folder, tokenizer, vocab or len(tokenizer.pieces), origin, advance)
-        corpus = open_corpus([folder / IDS], where, tokenizer, vocab, said, rows)
-        write_file(folder / DESCRIPTION, json.dumps(said._asdict(), indent=2).encode())
+            made |= tokenizer_files(tokenizer)
+        with ExitStack() as unless_complete:
+            if not said:
+                with progress("tokens", size, "B") as advance:
+                    said = write_tokens(files, folder, tokenizer, vocab or len(tokenizer.pieces), origin, advance)
+                unless_complete.callback(discard, folder, [*said.sha256])
+                made[DESCRIPTION] = to_json(said._asdict(), indent=2).encode()
+            corpus = open_corpus([folder / IDS], where, tokenizer, vocab, said, rows)
+            unless_complete.pop_all()
+        for name, data in made.items():
+            write_file(folder / name, data)
     except OSError as error:
         raise LlamaError(folder, "path", error.strerror, "a folder that can be written to") from error
     return corpus
@@ -160,6 +169,12 @@ def write_tokens(
             writer.discard()
     digests = {writer.path.name: writer.digest.hexdigest() for writer in writers}
     return Description(dtype, vocab, ids.count, starts.count, conversations, digests, **origin)
+
+
+def discard(folder: Path, names: Iterable[str]) -> None:
+    """Delete files of a folder."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -272,7 +287,8 @@ def cut_documents(
         asked, useful = np.array([not mask[0] for mask in masks]), np.array([mask[1:].any() for mask in masks])
         pieces = np.where(asked, useful, pieces)
         if unused := int((asked & ~useful).sum()):
-            print(f"note: {unused} conversations have no answer in their first {seq} tokens", file=sys.stderr)
+            where = f"the first {counted(seq, 'token')} of {counted(unused, 'conversation')}"
+            print(f"note: no answer in {where}", file=sys.stderr)
     piece = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return np.repeat(starts, pieces) + piece * seq, np.minimum(np.repeat(targets, pieces) - piece * seq, seq)
 

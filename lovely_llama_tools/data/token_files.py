@@ -5,6 +5,7 @@ import os
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Int, Integer
 
 from lovely_llama import LlamaError, check
 
-from ..extras import progress
+from ..extras import counted, progress
 from ..formats.files import publish
 from ..formats.model import open_file
 
@@ -49,8 +50,9 @@ class Writer:
 
     def discard(self) -> None:
         """Delete the file, unless it has been published."""
-        self.file.close()
         self.part.unlink(missing_ok=True)
+        with suppress(OSError):  # of a full disk, once more
+            self.file.close()
 
 
 class Part(NamedTuple):
@@ -113,7 +115,7 @@ def read_part(part: Part, at: int, size: int, vocab: int) -> Integer[np.ndarray,
         state, data = state_of(part.number), os.pread(part.number, size * width, where)
     except OSError as error:
         raise LlamaError(part.file, "path", error.strerror, "a file that can be read") from error
-    got, wanted = f"{state[0]} bytes, changed since it was opened", f"{part.state[0]}, unchanged"
+    got, wanted = f"{counted(state[0], 'byte')}, changed since it was opened", f"{part.state[0]}, unchanged"
     check("size", got, state == part.state, wanted, part.file)
     check("size", f"no more at byte {where + len(data)}", len(data) == size * width, "as when opened", part.file)
     ids = np.frombuffer(data, part.dtype)
@@ -139,7 +141,8 @@ def open_part(path: Path, dtype: str) -> Part:
     size, width = state[0] - offset, kind.itemsize
     try:
         check("size", f"{state[0]} bytes", size > 0, "at least one id", path)
-        check("size", f"{size} bytes of ids", size % width == 0, f"a multiple of {width}, for {kind.name}", path)
+        said = f"{counted(size, 'byte')} of ids"
+        check("size", said, size % width == 0, f"a multiple of {width}, for {kind.name}", path)
         head = np.frombuffer(os.pread(number, min(size, 2**16), offset), kind)
         wider = width == 2 and len(head) >= 16 and not head[1::2].any()
         check("dtype", "a zero after every id, as in wider ones", not wider, f"{kind.name}, or a .npy", path)
@@ -157,8 +160,9 @@ def npy_header(file: BinaryIO, path: Path) -> tuple[Any, int]:
         shape, _, dtype = read(file)
     except (ValueError, OSError) as error:
         raise LlamaError(path, "contents", "no header of numpy's", "a .npy, version 1 or 2") from error
-    check("dtype", f"{dtype} with {len(shape)} axes", dtype.kind in "iu" and len(shape) == 1, "integers in a row", path)
+    axes = f"{len(shape)} axes" if len(shape) != 1 else "one axis"
+    check("dtype", f"{dtype} with {axes}", dtype.kind in "iu" and len(shape) == 1, "integers in a row", path)
     left = os.fstat(file.fileno()).st_size - file.tell()
     need = shape[0] * dtype.itemsize
-    check("size", f"{left} bytes of ids", left == need, f"{need}, as its header says", path)
+    check("size", f"{counted(left, 'byte')} of ids", left == need, f"{need}, as its header says", path)
     return dtype, file.tell()

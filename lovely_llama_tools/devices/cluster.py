@@ -26,6 +26,7 @@ import lovely_llama
 from lovely_llama import LlamaError, check
 
 from ..interrupts import HERE, JOINED, PARENT, tell, tell_error
+from ..strict_json import to_json
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 DEVICES, CPUS = "JAX_LOCAL_DEVICE_IDS", "JAX_NUM_CPU_DEVICES"
@@ -195,10 +196,10 @@ def agree_on(marks_of: Callable[[], Mapping[str, Any]]) -> None:
     if processes() == 1:
         return
     store, prefix, wait = client(), f"lovely-llama/marks {next(ROUND)}", LONG * 1000
-    store.key_value_set(f"{prefix}/{index()}", json.dumps(marks_of(), sort_keys=True))
+    store.key_value_set(f"{prefix}/{index()}", to_json(marks_of(), sort_keys=True))
     if index() == 0:
         all_marks = [json.loads(store.blocking_key_value_get(f"{prefix}/{i}", wait)) for i in range(processes())]
-        store.key_value_set(f"{prefix}/verdict", json.dumps(difference(all_marks)))
+        store.key_value_set(f"{prefix}/verdict", to_json(difference(all_marks)))
     verdict = json.loads(store.blocking_key_value_get(f"{prefix}/verdict", wait))
     if not verdict:
         return

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from lovely_llama import Config, Params, check
 
+from ..extras import counted
 from .partition import is_stacked, specs, split
 
 AXES = ("data", "fsdp", "tensor", "seq")
@@ -36,10 +37,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """A mesh of all devices, or of these, along whose axes XLA moves data by itself; absent axes have size 1."""
     whole = [sizes.get(axis, 1) for axis in AXES]
     devices = jax.devices() if devices is None else devices
-    need, there, said = math.prod(whole), len(devices), f"{math.prod(whole)} devices"
-    many = f": XLA_FLAGS=--xla_force_host_platform_device_count={need} divides a CPU"
+    need, there, said = math.prod(whole), len(devices), counted(math.prod(whole), "device")
+    many = f"; or XLA_FLAGS=--xla_force_host_platform_device_count={need}, which divides a CPU"
     hint = many if devices[0].platform == "cpu" else ""
-    check("mesh", said, need == there, f"{there}, as many as there are{hint}")
+    check("mesh", said, need == there, f"{there}, as many as there are, such as --mesh data={there}{hint}")
     # An axis of the mesh may be a part of one of a TPU's torus, which jax.make_mesh refuses.
     return Mesh(create_device_mesh(whole, devices, allow_split_physical_axes=True), AXES)
 

@@ -49,10 +49,13 @@ def specs(config: Config, mesh: Mapping[str, int] | None = None) -> Params:
     sizes = mesh or dict.fromkeys(("data", "fsdp", "tensor", "seq"), 1)
     rules = FEW_KV_HEADS if config.kv_heads % sizes.get("tensor", 1) else RULES
 
-    def of(names: str) -> Any:
-        for axis in names.split():
-            size, parts = getattr(config, axis), math.prod(sizes.get(name, 1) for name in rules.get(axis, ()))
-            check(axis, size, size % parts == 0, f"a multiple of {parts}, the devices that split it", "mesh")
-        return split(names.split(), [*sizes], rules)
+    def of(own: str) -> Any:
+        for axis in own.split():
+            names = rules.get(axis, ())
+            size, parts = getattr(config, axis), math.prod(sizes.get(name, 1) for name in names)
+            padded = f", such as {-(-size // parts) * parts} (--vocab pads a new model's)" if axis == "vocab" else ""
+            how = f"a multiple of {parts}{padded}, or a mesh without {' and '.join(names)}"
+            check(axis, size, size % parts == 0, how, "mesh")
+        return split(own.split(), [*sizes], rules)
 
     return jax.tree.map(of, axes(config))

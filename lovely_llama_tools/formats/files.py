@@ -18,7 +18,8 @@ from lovely_llama import LlamaError, check
 from ..tokens import Tokenizer, folder_tokenizer, without_key
 from .gguf import open_gguf, save_gguf
 from .hub import fetch, is_name
-from .hugging_face import open_folder, save_folder
+from .hugging_face import INDEX, WEIGHTS, open_folder, save_folder
+from .hugging_face_config import read_fields
 from .llama2c import is_llama2c, open_llama2c, save_llama2c, unknown_to_llama2c
 from .meta import open_meta
 from .model import Checkpoint, Model, blamed_on, open_file
@@ -39,13 +40,16 @@ FOREIGN = {
 
 # What reads a folder, by a file in it.
 FOLDERS = {ORBAX: open_orbax, "config.json": open_folder, "params.json": open_meta}
+ADAPTER = "adapter_config.json"
+WHOLE = (ORBAX, "params.json", WEIGHTS, INDEX)  # one of these is beside the config of a whole model
+RUN, BEST = "run.json", "best"  # a training run, and its best checkpoint, are in one folder
 
 
 @contextmanager
 def checkpoint(path: str | Path) -> Generator[Checkpoint]:
     """Open a checkpoint, check what it declares, and read none of its tensors yet."""
     check("path", "a URL", not re.match(r"\w+:/", str(path)), "a file: download it first", path)
-    path = fetch(str(path)) if is_name(str(path)) else Path(path)
+    path = fetch(str(path)) if is_name(str(path)) else best_of(Path(path))
     with ExitStack() as files:
         yield opener(path)(path, files)
 
@@ -74,11 +78,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def best_of(path: Path) -> Path:
+    """The best checkpoint in the folder of a training run; another path as it is."""
+    if not path.is_dir() or any((path / name).exists() for name in FOLDERS):
+        return path
+    if not (path / BEST).is_dir() and (path / RUN).is_file():
+        steps = sorted((found.name for found in path.glob("step-*")), key=lambda name: (len(name), name))
+        raise LlamaError(path, "path", "a run without a best model yet", f"{' or '.join(steps) or 'a model'} in it")
+    return path / BEST if (path / BEST).is_dir() else path
+
+
 def opener(path: Path) -> Callable[[Path, ExitStack], Checkpoint]:
     """What reads the format that the files in a folder, or the first bytes of a file, show."""
     try:
         if path.is_dir():
             found = [name for name in FOLDERS if (path / name).exists()]
+            if (path / ADAPTER).exists() and not any((path / name).exists() for name in WHOLE):
+                base = read_fields(path / ADAPTER).get("base_model_name_or_path")
+                got, how = f"peft's adapter of {base!r:.200}", "what merge_and_unload() makes of both, a whole model"
+                raise LlamaError(path, "path", got, how)
             check("path", "a folder without a model", bool(found), f"one with {' or '.join(FOLDERS)}", path)
             return FOLDERS[found[0]]
     except OSError as error:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lovely_llama import LlamaError, check
 
+from ..extras import counted
 from .model import open_file
 
 
@@ -62,7 +63,7 @@ class Scan:
 
     def beyond(self, n: int) -> bytes:
         """Refuse to read so much."""
-        raise LlamaError(self.path, "size", f"{self.size} bytes", f"{n} more at byte {self.at}")
+        raise LlamaError(self.path, "size", counted(self.size, "byte"), f"{n} more at byte {self.at}")
 
     def numbers(self, code: str, n: int = 1) -> tuple[Any, ...]:
         return struct.unpack(f"<{n}{code}", self.take(n * struct.calcsize(f"<{code}")))
@@ -86,7 +87,7 @@ class Scan:
             kind, n = *self.numbers("I"), *self.numbers("Q")
         check(name, f"type {kind}", kind in CODES, "a number, a string or an array of these", self.path)
         fits = n * struct.calcsize(f"<{CODES[kind]}") <= self.size - self.at
-        check(name, f"{n} values", fits, "no more than fit into the file", self.path)
+        check(name, counted(n, "value"), fits, "no more than fit into the file", self.path)
         values: list[Any] = self.strings(n) if kind == STRING else [*self.numbers(CODES[kind], n)]
         if array:
             return values

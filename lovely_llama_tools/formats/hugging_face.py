@@ -1,6 +1,5 @@
 """Hugging Face's folders: config.json and safetensors, named and arranged as in transformers' LlamaForCausalLM."""
 
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from jaxtyping import Float
 
 from lovely_llama import Config, Params, Sampling, check, check_sampling, check_tensors, is_number, is_whole
 
+from ..strict_json import to_json
 from ..tokens import Tokenizer, folder_tokenizer, tokenizer_files
 from .hugging_face_config import config_to_hf, read_config, read_fields
 from .layout import HUGGING_FACE, NAMES, all_tensors, from_arrays, to_arrays, to_named
@@ -60,7 +60,7 @@ def open_folder(path: Path, files: ExitStack) -> Checkpoint:
     config, fields = read_config(read_fields(path / CONFIG, path), path / CONFIG)
     found = open_tensors(path, files)
     layers, most = config.layers, len(found)
-    check("num_hidden_layers", layers, layers <= most, f"no more than the {most} tensors", path / CONFIG)
+    check("num_hidden_layers", layers, layers <= most, f"at most {most}, the number of tensors", path / CONFIG)
     if config.tied and EMBED in found and UNEMBED in found:
         differs = f"true, with {UNEMBED} other than the embedding"
         check("tie_word_embeddings", differs, are_equal(found[EMBED], found[UNEMBED]), "both the same", path / CONFIG)
@@ -186,7 +186,7 @@ def save_folder(model: Model, path: Path, dtype: str) -> None:
 
 def write_fields(path: Path, fields: Mapping[str, Any]) -> None:
     """The inverse of `read_fields`."""
-    path.write_text(json.dumps(fields, indent=2) + "\n")
+    path.write_text(to_json(fields, indent=2) + "\n")
 
 
 def save_description(config: Config, tokenizer: Tokenizer | None, path: Path, dtype: str) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int8
 
 from lovely_llama import Config, LlamaError, Params, check
 
+from ..extras import counted
 from ..tokens import (
     SETTINGS,
     Tokenizer,
@@ -80,7 +81,7 @@ class Header(NamedTuple):
         must, data = partial(check, file=path), file.read(256)
         start = 8 if data[:4] == MAGIC else 0
         least = 256 if start else 28
-        must("size", f"{len(data)} bytes", len(data) >= least, f"at least {least}")
+        must("size", counted(len(data), "byte"), len(data) >= least, f"at least {least}")
         sizes = dict[str, int](zip(SIZES, struct.unpack_from("<7i", data, start), strict=True))
         version, tied, group = 0, sizes["vocab_size"] > 0, 0
         if start:
@@ -136,7 +137,7 @@ def open_llama2c(path: Path, files: ExitStack) -> Checkpoint:
         config = header.config()
     need, other = header.size(config), header.size(replace(config, tied=not config.tied))
     hint = f" (or the other {'shared_classifier' if header.version else 'sign of vocab_size'})" * (size == other)
-    check("size", f"{size} bytes", size == need, f"{need}{hint}", path)
+    check("size", counted(size, "byte"), size == need, f"{need}{hint}", path)
     shapes, places, offset = header.parts(config), dict[str, int](), header.length
     for name, shape in shapes.items():
         places[name], offset = offset, offset + header.bytes_of(shape)

@@ -56,7 +56,7 @@ def open_meta(path: Path, _: ExitStack) -> Checkpoint:
     parts = open_parts(path)
     tensors, get = join(parts, given["dim"])
     shapes, layers = {name: tensor.shape for name, tensor in tensors.items()}, given["n_layers"]
-    check("n_layers", layers, layers <= len(shapes), f"no more than the {len(shapes)} tensors", file)
+    check("n_layers", layers, layers <= len(shapes), f"at most {len(shapes)}, the number of tensors", file)
     vocab = shapes.get(EMBED, (0,))[0]
     config = make_config(given, vocab, UNEMBED not in shapes, file)
     check_tensors(all_tensors(LLAMA2C, config), shapes, path)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from lovely_llama import Config, LlamaError, Params, Sampling, check, count, shapes
 
 from ..devices.mesh import shardings
-from ..extras import progress
+from ..extras import counted, progress
 from ..tokens import Tokenizer
 from ..tokens.base import open_file as open_file
 from .layout import Layout, all_tensors, from_named
@@ -146,7 +146,7 @@ def read_at(
     view, done = data.view(np.uint8).data, 0
     while done < data.nbytes and (read := os.preadv(file.fileno(), [view[done:]], begin + done)):
         done += read
-    check(name, f"{done} bytes", done == data.nbytes, f"{data.nbytes}: the file has been changed", path)
+    check(name, counted(done, "byte"), done == data.nbytes, f"{data.nbytes}: the file has been changed", path)
     return data
 
 

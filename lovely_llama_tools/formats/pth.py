@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from lovely_llama import LlamaError, check
 
-from ..extras import extra
+from ..extras import counted, extra
 from .model import Tensor, open_file
 
 OLDEST = (2, 10)  # of torch: before it, weights_only did not keep all code from running
@@ -88,7 +88,7 @@ def scan_zip(path: Path) -> "Counter[int]":
     must = partial(check, file=path)
     with open_file(path, path.parent) as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(4)
-        must("contents", f"no zip file, of {size} bytes", head == b"PK\3\4", "one, as torch.save makes since 1.6")
+        must("contents", f"no zip file, of {counted(size, 'byte')}", head == b"PK\3\4", "one, as torch.save makes")
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()

@@ -10,7 +10,7 @@ import numpy as np
 
 from lovely_llama import Config, count, shapes
 
-from ..extras import progress
+from ..extras import counted, progress
 from ..tokens import Tokenizer
 from .layout import HUGGING_FACE, Layout, tensor
 from .model import Checkpoint, widened
@@ -25,7 +25,7 @@ def describe(config: Config) -> dict[str, Any]:
     attention = {1: "multi-query"}.get(config.kv_heads, "grouped-query" if config.q_per_kv > 1 else "multi-head")
     return {
         "config": asdict(config) | {"rope_scaling": scaling},
-        "attention": f"{attention}, {heads} heads over {config.kv_heads} of keys and values",
+        "attention": f"{attention}, {counted(heads, 'head')} over {config.kv_heads} of keys and values",
         "parameters": count(config),
         "bytes": {"float32": 4 * count(config), "bfloat16": 2 * count(config)},
     }
@@ -88,7 +88,7 @@ def tell(tokenizer: Tokenizer) -> dict[str, Any]:
     special = {name: None if i is None else f"{i} {names.get(i, '')}".strip() for name, i in
                (("bos", tokenizer.bos), ("eos", tokenizer.eos))}  # fmt: skip
     stops = [f"{i} {names.get(i, '')}".strip() for i in sorted(tokenizer.stops)]
-    template = None if tokenizer.template is None else f"{len(tokenizer.template):,} characters"
+    template = None if tokenizer.template is None else counted(len(tokenizer.template), "character", ",")
     return {"pieces": len(tokenizer.pieces), **special, "stops": stops, "adds_bos": tokenizer.adds_bos,
             "special": len(tokenizer.specials), "template": template,
             "sampling": tokenizer.sampling and tokenizer.sampling._asdict()}  # fmt: skip

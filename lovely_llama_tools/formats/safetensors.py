@@ -1,6 +1,5 @@
 """safetensors: tensors in one file behind a header in JSON, which is checked in full before any is read."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,7 +14,8 @@ from jaxtyping import Float
 
 from lovely_llama import check, is_whole
 
-from ..strict_json import read_json
+from ..extras import counted
+from ..strict_json import read_json, to_json
 from .model import read_at
 
 KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
@@ -36,9 +36,9 @@ def scan_safetensors(file: BinaryIO, path: Path) -> dict[str, Place]:
     huggingface.co/docs/safetensors: the header's length as uint64, the header, the tensors. All is little-endian.
     """
     must, size = partial(check, file=path), os.fstat(file.fileno()).st_size
-    must("size", f"{size} bytes", size >= 8, "at least 8")
+    must("size", counted(size, "byte"), size >= 8, "at least 8")
     length = int.from_bytes(file.read(8), "little")
-    must("header", f"{length} bytes", length <= min(HEADER, size - 8), f"at most {min(HEADER, size - 8)}")
+    must("header", counted(length, "byte"), length <= min(HEADER, size - 8), f"at most {min(HEADER, size - 8)}")
     header, at = read_json(file.read(length), path), 8 + length
     header.pop("__metadata__", None)
     places, ends = dict[str, Place](), [(at, at)]
@@ -51,13 +51,13 @@ def scan_safetensors(file: BinaryIO, path: Path) -> dict[str, Place]:
         must(name, f"the offsets {offsets!s:.60}", are_sizes(offsets) and len(offsets) == 2, "two whole numbers")
         begin, end = (at + offset for offset in offsets)
         need = KINDS[kind].itemsize * math.prod(shape)
-        must(name, f"{end - begin} bytes", end - begin == need, f"{need}, for {kind} of shape {tuple(shape)}")
+        must(name, counted(end - begin, "byte"), end - begin == need, f"{need}, for {kind} of shape {tuple(shape)}")
         places[name] = Place(tuple(shape), kind, begin)
         ends.append((begin, end))
     ends.sort()
     for (_, last), (begin, _) in pairwise(ends):
         must("data_offsets", f"a tensor that begins at byte {begin}", begin == last, f"byte {last}: no gap, no overlap")
-    must("size", f"{size} bytes", size == ends[-1][1], ends[-1][1])
+    must("size", counted(size, "byte"), size == ends[-1][1], ends[-1][1])
     return places
 
 
@@ -79,7 +79,7 @@ def write_safetensors(
     for name, shape in shapes.items():
         end = at + KINDS[dtype].itemsize * math.prod(shape)
         header[name], at = {"dtype": dtype, "shape": shape, "data_offsets": (at, end)}, end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -27,6 +27,7 @@ from lovely_llama import (
 )
 
 from ..devices.partition import split
+from ..extras import counted
 from ..fast.layers import block, embed
 from ..formats.model import Model, free_memory
 from .caches import cache_sharding, everywhere, groups, new_cache, running
@@ -199,7 +200,7 @@ class Batch:
         config, params = self.model.config, self.model.params
         need = 2 * config.layers * config.kv_heads * config.head_dim * len(slots) * room * params.embed.dtype.itemsize
         free, gib = free_memory() + sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache)), 2**30
-        says = f"{need / gib:.1f} GiB for the cache of {len(slots)} rows of {room} tokens"
+        says = f"{need / gib:.1f} GiB for the cache of {counted(len(slots), 'row')} of {counted(room, 'token')}"
         check("memory", f"{free / gib:.1f} GiB free", need <= free, says, "batch")
         layers, self.cache = list(self.cache), ()
         choose = partial(chosen, slots=np.array(slots, np.int32), room=room, place=cache_sharding(params, True))

@@ -30,6 +30,7 @@ from lovely_llama import (
 )
 
 from ..devices.programs import WIDE_VECTORS, Program
+from ..extras import counted
 from ..fast import choose
 from ..fast.layers import Caches, block, embed, fold_layers
 from ..formats.model import Model
@@ -306,5 +307,5 @@ def encode_prompt(tokenizer: Tokenizer, text: str, ctx: int) -> list[int]:
     """Tokenize a prompt. One that cannot fit into the context is refused before that."""
     check_text("prompt", text)
     short = len(text) <= ctx * max(map(len, tokenizer.pieces))  # no token is longer than the longest piece
-    check("prompt", f"{len(text)} characters", short, f"at most {ctx} tokens")
+    check("prompt", f"{len(text)} characters", short, f"at most {counted(ctx, 'token')}")
     return tokenizer.begin(text)

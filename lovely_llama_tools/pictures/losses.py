@@ -95,6 +95,6 @@ def read_metrics(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         lines.pop()
     for number, line in enumerate(lines, 1):
         try:
-            yield number, read_json(line, file)
+            yield number, read_json(line, file, lines=True)
         except LlamaError as error:
             raise LlamaError(file, f"line {number}: {error.field}", error.got, error.expected) from error

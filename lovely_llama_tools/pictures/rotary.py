@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from lovely_llama import Config, RopeScaling, rope, rope_angles, rope_frequencies
 
 from ..devices.programs import Program
+from ..extras import counted
 from .style import COLOURS, INK, legible, new_figure, style
 
 POINTS = 120  # of a curve, spaced evenly on a logarithmic axis
@@ -80,6 +81,6 @@ def draw_rope(config: Config, name: str) -> Any:
         right.axvline(length, **ink)
         left.text(0, length * 1.1, f"{what}, {length:,}", color=INK, fontsize=8.5, va="bottom")
     left.legend(frameon=False, labelcolor=INK, fontsize=9, loc="lower right", title="scaling")
-    about = f"{name}: {config.head_dim // 2} pairs, θ = {config.theta:,g}; scaled by {factor:g}"
+    about = f"{name}: {counted(config.head_dim // 2, 'pair')}, θ = {config.theta:,g}; scaled by {factor:g}"
     figure.suptitle(legible(about), x=0.01, ha="left", color=INK, fontsize=11.5)
     return figure

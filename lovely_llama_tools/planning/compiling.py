@@ -28,6 +28,7 @@ from ..extras import extra
 from ..fast import llama
 from ..fast.layers import Caches, stacked_shapes
 from ..formats.model import DTYPES
+from ..strict_json import to_json
 from ..training.step import StepOptions, step
 from .chips import Slice, links, parse_chips
 from .estimates import Task
@@ -194,7 +195,7 @@ def main() -> int:
     except LlamaError as error:
         result = {"error": [error.file, error.field, error.got, error.expected]}
     with contextlib.closing(answer):
-        json.dump(result, answer)
+        answer.write(to_json(result))
     return 0
 
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lovely_llama import LlamaError, check
 
 from ..devices.mesh import check_rows, check_seq
 from ..devices.partition import specs
+from ..extras import counted
+from ..strict_json import to_json
 from .chips import Slice
 from .estimates import Share, Task, computed_flops, meshes, model_flops, seconds
 
@@ -21,7 +23,7 @@ from .estimates import Share, Task, computed_flops, meshes, model_flops, seconds
 ABSENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 COMPILER, FORMULA, SHEET = "compiler", "formula", "data sheet"
 SOURCES = {
-    **dict.fromkeys(("fits", "peak", "arguments", "temporaries", "collectives"), COMPILER),
+    **dict.fromkeys(("fits", "peak", "arguments", "temporaries", "collectives", "together"), COMPILER),
     **dict.fromkeys(("gradients", "kept", "moved", "model_flops"), FORMULA),
     "held": "shardings",
 }
@@ -54,7 +56,9 @@ def planned(task: Task, part: Slice, sizes: dict[str, int], debug: bool) -> dict
         "flops": float(exact) or computed_flops(task) / part.devices, "collectives": said["collectives"],
     }  # fmt: skip
     if part.chip is None:
-        return report | {"fits": total * part.devices <= capacity(part)}
+        together, shared = total * part.devices, f"{counted(part.devices, 'device')} share this machine's memory"
+        fits = together <= capacity(part)
+        return report | {"fits": fits, "reason": None if fits else shared, "together": together}
     sent = dict[int, float]()
     for one in said["collectives"]:
         sent[one["links"]] = sent.get(one["links"], 0) + one["sent"]
@@ -82,7 +86,7 @@ def capacity(part: Slice) -> float:
 def check_mesh(task: Task, part: Slice, sizes: dict[str, int]) -> None:
     """Refuse a mesh of another number of devices, or one that does not divide the rows, their tokens or the model."""
     devices, seq = math.prod(sizes.values()), sizes["seq"]
-    check("mesh", f"{devices} devices", devices == part.devices, f"{part.devices}, as {part} has")
+    check("mesh", counted(devices, "device"), devices == part.devices, f"{part.devices}, as {part} has")
     check("mesh", f"seq={seq}", not task.decode or seq == 1, "seq=1: in decoding, a row has one token")
     check_rows(task.batch, sizes)
     check_seq(task.seq, sizes)
@@ -96,7 +100,7 @@ def compiled(task: Task, part: Slice, sizes: dict[str, int], debug: bool) -> dic
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, **ABSENT}
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "lovely_llama_tools.planning.compiling", json.dumps(request)], text=True,
+        [sys.executable, "-P", "-m", "lovely_llama_tools.planning.compiling", to_json(request)], text=True,
         env=os.environ | environment, stdin=subprocess.PIPE,  # when it closes, the compiler ends
         stdout=subprocess.PIPE, stderr=None if debug else subprocess.DEVNULL,
     ) as process:  # fmt: skip
@@ -113,17 +117,30 @@ def compiled(task: Task, part: Slice, sizes: dict[str, int], debug: bool) -> dic
 # ---- A sweep ---------------------------------------------------------------------------------------------------------
 
 
-def ranked(task: Task, part: Slice) -> list[dict[str, int]]:
+class Estimate(NamedTuple):
+    """What formulas alone say of a mesh; of CPUs there are no data sheets, and so no seconds."""
+
+    mesh: dict[str, int]
+    held: float  # bytes, by a device
+    fits: bool
+    sent: float  # bytes, by a device
+    seconds: float | None
+
+
+def ranked(task: Task, part: Slice) -> list[Estimate]:
     """The meshes over which everything divides, the best by formula first."""
     found = [sizes for sizes in meshes(part.devices) if divides(task, part, sizes)]
-    check("mesh", "no mesh", bool(found), f"one of {part.devices} devices that divides batch, seq and model")
+    check("mesh", "no mesh", bool(found), f"one of {counted(part.devices, 'device')} that divides batch, seq and model")
 
-    def key(sizes: dict[str, int]) -> tuple[bool, float]:
+    def estimate(sizes: dict[str, int]) -> Estimate:
         share = Share(task, sizes)
         times = seconds(part, computed_flops(task) / part.devices, share.moved, {2: share.sent})
-        return share.held > capacity(part) / (1 if part.chip else part.devices), max(times.values(), default=share.sent)
+        fits = share.held <= capacity(part) / (1 if part.chip else part.devices)
+        return Estimate(sizes, share.held, fits, share.sent, max(times.values(), default=None))
 
-    return sorted(found, key=key)
+    return sorted(
+        map(estimate, found), key=lambda one: (not one.fits, one.sent if one.seconds is None else one.seconds)
+    )
 
 
 def divides(task: Task, part: Slice, sizes: dict[str, int]) -> bool:

@@ -1,12 +1,11 @@
 """Plain characters: each character of a corpus is a token."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from lovely_llama import check
 
-from ..strict_json import read_json
+from ..strict_json import read_json, to_json
 from .base import Tokenizer, check_text
 
 
@@ -58,4 +57,4 @@ def write_characters(encode: Characters) -> dict[str, bytes]:
         "model": {"type": "BPE", "vocab": encode.ids, "merges": list[str]()},
     }
     files = {"characters.json": plain, "tokenizer.json": description}
-    return {name: json.dumps(content, ensure_ascii=False).encode() for name, content in files.items()}
+    return {name: to_json(content, ensure_ascii=False).encode() for name, content in files.items()}

@@ -1,13 +1,12 @@
 """The tokenizer of a folder: read from whichever files it holds, and written for other programs."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lovely_llama import LlamaError, check, is_number
 
-from ..strict_json import read_json
+from ..strict_json import read_json, to_json
 from .base import Tokenizer, check_template, fit, small_file, with_ends
 from .characters import Characters, read_characters, write_characters
 from .converting import describe_proto
@@ -233,7 +232,7 @@ def tokenizer_files(tokenizer: Tokenizer, file: object = "tokenizer") -> dict[st
         config["chat_template"] = [{"name": name, "template": template} for name, template in every.items()]
     elif tokenizer.template is not None:
         config["chat_template"] = tokenizer.template
-    return files | {CONFIG: json.dumps(config, ensure_ascii=False, indent=2).encode()}
+    return files | {CONFIG: to_json(config, ensure_ascii=False, indent=2).encode()}
 
 
 def write_description(description: dict[str, Any], tokenizer: Tokenizer, names: Mapping[int, str]) -> bytes:
@@ -247,4 +246,4 @@ def write_description(description: dict[str, Any], tokenizer: Tokenizer, names: 
             "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]}},
         }
-    return json.dumps(description, ensure_ascii=False).encode()
+    return to_json(description, ensure_ascii=False).encode()

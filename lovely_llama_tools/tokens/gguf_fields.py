@@ -8,6 +8,7 @@ from typing import Any
 
 from lovely_llama import LlamaError, check
 
+from ..extras import counted
 from .base import Tokenizer, check_template, usual_stops, with_ends
 from .converting import vocabulary_of
 from .pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, built_tokenizer, setting
@@ -47,7 +48,7 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
         expected = f"{n or 'any number'} of type {kind.__name__}"
         must(name, f"a value of type {type(values).__name__}", type(values) is list, expected)
         right = all(type(value) is kind for value in values) and n in (None, len(values))
-        must(name, f"{len(values)} values", right, expected)
+        must(name, counted(len(values), "value"), right, expected)
         return values
 
     model = field("model")
@@ -141,7 +142,7 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab: int, file: object = "tokenizer
         charsmap, squeezes = setting(vocabulary, 3, 2, b""), bool(setting(vocabulary, 3, 4, True))
         check("tokenizer", "a normaliser", not charsmap and not squeezes, "texts taken as they are, in a GGUF", file)
     unused = vocab - len(fields["tokens"])
-    check("tokenizer", f"{len(fields['tokens'])} tokens", unused >= 0, f"at most {vocab}", file)
+    check("tokenizer", counted(len(fields["tokens"]), "token"), unused >= 0, f"at most {vocab}", file)
     fields["tokens"] += [f"[PAD{vocab - unused + i}]" for i in range(unused)]
     fields["token_type"] += [UNUSED] * unused
     if "scores" in fields:

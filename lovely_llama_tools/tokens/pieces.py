@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lovely_llama import LlamaError, check
 
+from ..extras import counted
 from .base import Tokenizer, check_text, contained, prefix_of, segments, with_ends
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as SentencePiece and GGUF number kinds of pieces
@@ -197,11 +198,11 @@ def bin_tokenizer(data: bytes, file: object, vocab: int | None = None) -> Tokeni
 
     github.com/karpathy/llama2.c, tokenizer.py, export: the longest length, then (score, length, bytes) of each piece.
     """
-    check("size", f"{len(data)} bytes", len(data) >= 4, "at least 4", file)
+    check("size", counted(len(data), "byte"), len(data) >= 4, "at least 4", file)
     (longest,), at, pieces = struct.unpack_from("<i", data), 4, list[Piece]()
     while at < len(data):
         where = f"pieces[{len(pieces)}]"
-        check(where, f"{len(data) - at} bytes", len(data) - at >= 8, "a score and a length, 8 bytes", file)
+        check(where, counted(len(data) - at, "byte"), len(data) - at >= 8, "a score and a length, 8 bytes", file)
         score, length = struct.unpack_from("<fi", data, at)
         fits = 0 < length <= longest and length <= len(data) - at - 8
         check(where, f"a length of {length}", fits, f"1 to {longest}, and within the file", file)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from lovely_llama import LlamaError, check
 
 from ..extras import extra
-from ..strict_json import read_json
+from ..strict_json import read_json, to_json
 from .base import Tokenizer, check_text, contained, prefix_of
 from .pieces import BYTES
 
@@ -186,7 +186,7 @@ def pipeline_tokenizer(description: Mapping[str, Any], file: object, source: str
     """A tokenizer from a tokenizer.json that has been parsed."""
     names, specials = token_names(description, file)
     with contained(file, "contents", "other data, or a regex that is none", "a tokenizer.json"):
-        encode = Pipeline(source or json.dumps(description, ensure_ascii=False), description)
+        encode = Pipeline(source or to_json(description, ensure_ascii=False), description)
         ids = [encode.library.token_to_id(name) for name in names]
         settled: list[int] = encode.library.encode("").ids  # what comes before and after every text
     wrong = [names[i] for i, token in enumerate(ids) if token != i]

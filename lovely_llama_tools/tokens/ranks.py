@@ -7,7 +7,7 @@ from typing import Any
 
 from lovely_llama import LlamaError, check
 
-from ..extras import extra
+from ..extras import counted, extra
 from .base import Tokenizer, with_ends
 from .pipelines import byte_letters, byte_level, pipeline_tokenizer
 
@@ -49,7 +49,7 @@ def describe_ranks(
 ) -> dict[str, Any]:  # fmt: skip
     """The tokenizer.json of ranks: every way of joining two tokens into a third is a merge, in the third's order."""
     whole = sorted(ranks.values()) == [*range(len(ranks))]
-    check("ranks", f"{len(ranks)} ranks", whole, "each from 0 on once", file)
+    check("ranks", counted(len(ranks), "rank"), whole, "each from 0 on once", file)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     check("ranks", f"no token for the bytes {missing[:3]}", not missing, "one for each byte", file)
     letters = {byte: letter for letter, byte in byte_letters().items()}

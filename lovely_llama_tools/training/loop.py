@@ -1,5 +1,6 @@
 """The training loop: from the data to the last checkpoint, interruptible and resumable at any step."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ from lovely_llama import Config, Params, check, learning_rate
 from ..data.prepare import Batch, Corpus, Split, ahead, prepare
 from ..devices.cluster import agree_on, code, gathered, in_turn, index, joined, largest, own_rows, spread
 from ..devices.mesh import batch_sharding, check_seq, places
-from ..extras import extra
+from ..extras import counted, extra
 from ..fast.layers import in_tuple
-from ..formats.files import checkpoint, load, load_tokenizer
+from ..formats.files import BEST, RUN, checkpoint, load, load_tokenizer
 from ..formats.model import Model, check_memory, share
 from ..formats.orbax import is_orbax
 from ..inference.generate import generate
@@ -30,12 +31,12 @@ from ..tokens import fit
 from .checkpoints import Checkpointer, restore
 from .metrics import MetricsLogger, SilentLogger, metrics_logger
 from .run_folder import (
-    BEST,
+    DATA,
     LOCK,
-    RUN,
     Checkpoint,
     Progress,
     check_fingerprints,
+    check_new,
     locked,
     read_checkpoint,
     step_path,
@@ -43,6 +44,7 @@ from .run_folder import (
     write_json,
 )
 from .settings import (
+    LEARNED,
     Settings,
     fingerprints_of,
     mesh_of,
@@ -63,7 +65,6 @@ from .step import (
     step,
 )
 
-DATA = "data"  # folder of the encoded tokens within a run
 MAX_SKIPPED = 3  # consecutive steps without a finite gradient before a run fails
 INIT_STD = 0.02  # of `init`
 PATHS = ("data", "init_from", "tokenizer")  # settings that may differ between machines
@@ -148,12 +149,6 @@ def holder(folder: Path, settings: Settings) -> str | None:
     return (folder / LOCK).read_text() if (folder / LOCK).exists() else "another folder"
 
 
-def check_new(folder: Path) -> None:
-    """Refuse a folder that holds anything but data encoded by an earlier attempt."""
-    there = sorted(path.name for path in folder.iterdir() if path.name not in (DATA, ".lock"))
-    check("path", f"a folder with {', '.join(there[:3])}", not there, "a new one, or --resume", folder)
-
-
 # ---- Data and initial state ------------------------------------------------------------------------------------------
 
 
@@ -175,17 +170,15 @@ def initialised(
 ) -> tuple[Corpus, Config, TrainState]:
     """The data, and the initial state, created directly on its devices; or its shapes alone."""
     base = load(settings.init_from, "float32", mesh) if settings.init_from else None
-    named = settings.tokenizer
-    if named and named not in ("chars", "bpe"):  # these two are learned from the data
-        tokenizer = load_tokenizer(named)
-    else:
-        tokenizer = named or (base.tokenizer if base else None)
+    named = settings.tokenizer or (base.tokenizer if base else None)
+    tokenizer = load_tokenizer(named) if isinstance(named, str) and named not in LEARNED else named
     if base and tokenizer and not isinstance(tokenizer, str):
-        tokenizer = fit(tokenizer, base.config.vocab, named or settings.init_from)
+        tokenizer = fit(tokenizer, base.config.vocab, settings.tokenizer or settings.init_from)
     with in_turn("data"):
         corpus = prepare(
             settings.data, folder / DATA, tokenizer=tokenizer, vocab=settings.vocab,
             seq=row_length(settings, base.config if base else None), fraction=settings.val_fraction, pack=settings.pack,
+            replace=not shapes_alone,
         )  # fmt: skip
     config = base.config if base else new_config(settings, corpus.vocab)
     check("vocab", corpus.vocab, corpus.vocab <= config.vocab, f"at most {config.vocab}, the model's", "data")
@@ -268,14 +261,19 @@ def train_step(
     )  # fmt: skip
     if not finite:
         run.logger.line(f"step {progress.step}: skipped, as the loss is {loss} and the gradient's norm {norm}")
-    if progress.row == MAX_SKIPPED:
-        run.checkpointer.wait()
-        last = step_path(run.folder, steps(run.folder)[-1])
-        raise FloatingPointError(
-            f"{run.folder}: loss: got {loss} in {MAX_SKIPPED} steps in a row, expected numbers; see {last}"
-        )
+    if progress.row >= min(MAX_SKIPPED, s.steps):
+        what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+        raise diverged(run, what, f"{value} in {counted(progress.row, 'step')} in a row")
     row = {"step": progress.step, "train_loss": loss, "lr": rate, "grad_norm": norm}
     return TrainState(state.base, trained, moments), progress, {**row, "tokens_per_s": rows[0].size / took}
+
+
+def diverged(run: Run, what: str, got: str) -> FloatingPointError:
+    """The error of a run that is learning no more. Nothing has been saved since it had numbers."""
+    run.checkpointer.wait()
+    last = step_path(run.folder, steps(run.folder)[-1])
+    how = f"a finite one: a lower --lr may help, and {last} is still good"
+    return FloatingPointError(f"{run.folder}: {what}: got {got}, which is not a number, expected {how}")
 
 
 def rows_of(run: Run, batch: Batch, own: Sequence[int]) -> tuple[Any, ...]:
@@ -297,6 +295,8 @@ def evaluate(run: Run, state: TrainState, progress: Progress, row: dict[str, Any
         best = {"best": loss, "best_step": progress.step, "stale": 0} if better else {"stale": progress.stale + 1}
         progress, row = progress._replace(**best), {**row, "val_loss": loss}
     run.logger.step(row)
+    if loss is not None and not math.isfinite(loss):
+        raise diverged(run, "validation loss", f"{loss} after {counted(progress.step, 'step')}")
     if run.settings.sample:
         params = gathered(merged(state.base, state.trained, run.options.scale))
         if index() == 0:
@@ -335,16 +335,17 @@ def sample(run: Run, params: Params) -> str:
 
 def report_end(run: Run, progress: Progress) -> int:
     """Print the result on stdout, or an interruption on stderr; the exit status."""
-    skipped = f", {progress.skipped} skipped" if progress.skipped else ""
+    done = counted(progress.step, "step") + (f", {progress.skipped} skipped" if progress.skipped else "")
     if run.stop.signal and (progress.step < run.settings.steps or progress.owed):
         where = step_path(run.folder, progress.step)
-        run.logger.line(f"interrupted after {progress.step} steps{skipped}; {where} is saved, --resume goes on")
+        run.logger.line(f"interrupted after {done}; {where} is saved, --resume goes on")
         return 128 + run.stop.signal
-    run.logger.line(f"{progress.step} steps{skipped}")
+    run.logger.line(done)
     if index():
         return 0
     if progress.best is None:
         print(step_path(run.folder, progress.step))
     else:
-        print(f"{run.folder / BEST}: validation loss {progress.best:.4f} after {progress.best_step} steps")
+        best = f"validation loss {progress.best:.4f} after {counted(progress.best_step or 0, 'step')}"
+        print(f"{run.folder / BEST}: {best}")
     return 0

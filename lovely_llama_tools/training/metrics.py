@@ -1,8 +1,7 @@
-"""Logging of a training run: progress lines, metrics.jsonl, TensorBoard events, loss.png, samples.txt."""
+"""Logging of a training run: progress lines, metrics.jsonl, TensorBoard events, loss.png, samples.jsonl."""
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -14,9 +13,9 @@ from lovely_llama import LlamaError
 
 from ..extras import extra
 from ..pictures.losses import draw_losses
-from .run_folder import Progress
+from ..strict_json import nulled, to_json
+from .run_folder import METRICS, PICTURE, SAMPLES, Progress
 
-METRICS, SAMPLES, PICTURE = "metrics.jsonl", "samples.txt", "loss.png"
 TERMINAL, ELSEWHERE = 0.1, 10.0  # least seconds between progress lines; on a terminal each replaces the last
 
 
@@ -41,8 +40,7 @@ class MetricsLogger:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Record a step's metrics; print them after an evaluation, or if it is time. NaN and ∞ become null in JSON."""
-        numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self.metrics.write(json.dumps(numbers) + "\n")
+        self.metrics.write(to_json(nulled(row)) + "\n")
         self.metrics.flush()
         now, evaluated = time.monotonic(), "val_loss" in row
         if evaluated or now - self.shown > (TERMINAL if self.live else ELSEWHERE):
@@ -58,7 +56,7 @@ class MetricsLogger:
 
     def sample(self, step: int, text: str) -> None:
         """Record a sample text, and print its beginning."""
-        self.samples.write(f"---- step {step} ----\n{text}\n\n")
+        self.samples.write(to_json({"step": step, "text": text}) + "\n")
         self.samples.flush()
         self.line(f"sample: {text!r:.100}")
 
@@ -91,33 +89,24 @@ class SilentLogger(MetricsLogger):
         """Nothing."""
 
 
-def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the metrics of later steps, which will be repeated, and an incomplete last line; return the former."""
+def cut_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove the lines of later steps, which will be repeated, and an incomplete last line; return the former."""
     rows = list[dict[str, Any]]()
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
             rows.append(json.loads(line))
     part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    part.write_text("".join(to_json(row) + "\n" for row in rows if row["step"] <= step))
     part.replace(path)
     return [row for row in rows if row["step"] > step]
-
-
-def cut_samples(path: Path, step: int) -> None:
-    """Remove the sample texts of later steps."""
-    text = path.read_text() if path.exists() else ""
-    for heading in re.finditer(r"^---- step (\d+) ----$", text, re.MULTILINE):
-        if int(heading[1]) > step:
-            path.write_text(text[: heading.start()])
-            return
 
 
 @contextmanager
 def metrics_logger(run: Path, progress: Progress, steps: int) -> Generator[MetricsLogger]:
     """The logger of a run that continues from `progress`."""
-    dropped = cut_metrics(run / METRICS, progress.step - progress.owed)
+    dropped = cut_rows(run / METRICS, progress.step - progress.owed)
     pending = next((row for row in dropped if row["step"] == progress.step), {"step": progress.step})
-    cut_samples(run / SAMPLES, progress.step)
+    cut_rows(run / SAMPLES, progress.step)
     missing, board = "", None
     try:
         board = extra("tensorboardX", "train").SummaryWriter(str(run), purge_step=progress.step + 1)

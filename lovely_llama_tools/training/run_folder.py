@@ -2,12 +2,12 @@
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,14 +16,18 @@ from jaxtyping import Float
 
 from lovely_llama import LlamaError, check
 
+from ..data.corpora import is_litter
 from ..devices.cluster import index, processes
-from ..formats.files import WRITERS, load, publish
+from ..formats.files import BEST, RUN, WRITERS, load, publish
 from ..formats.model import Model, open_file
 from ..formats.safetensors import read_tensor, scan_safetensors, write_safetensors
-from ..strict_json import read_json
+from ..strict_json import read_json, to_json
 from ..tokens.base import small_file
 
-LOCK, RUN, STATE, OPTIMIZER, BEST = ".lock", "run.json", "state.json", "optimizer.safetensors", "best"
+LOCK, STATE, OPTIMIZER = ".lock", "state.json", "optimizer.safetensors"
+METRICS, SAMPLES, PICTURE = "metrics.jsonl", "samples.jsonl", "loss.png"
+DATA = "data"  # folder of the encoded tokens
+FIRST = (RUN, METRICS, SAMPLES, "events.out.tfevents.*", "step-0")  # there before the first step
 FORMATS = ("hf", "orbax")  # of checkpoints
 Arrays = Mapping[str, Float[np.ndarray, "..."]]
 
@@ -70,9 +74,11 @@ class Checkpoint(NamedTuple):
 def locked(run: Path) -> Generator[None]:
     """Lock the folder of a run, created if needed, against other processes. The lock ends with the process.
 
-    Incomplete files of an earlier process are removed.
+    Incomplete files of an earlier process are removed; in the end, a folder in which nothing has been written.
     """
+    made = not run.exists()
     try:
+        before = set[str]() if made else {path.name for path in run.iterdir()}
         run.mkdir(parents=True, exist_ok=True)
         number = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -80,6 +86,8 @@ def locked(run: Path) -> Generator[None]:
     with open(number, "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(number), os.stat(run / LOCK)):  # its process has just removed it
+                raise BlockingIOError
         except OSError as error:
             raise LlamaError(run, "lock", f"locked by process {lock.read(20)}", "a run for one process") from error
         lock.truncate(0)
@@ -87,7 +95,39 @@ def locked(run: Path) -> Generator[None]:
         lock.flush()
         for part in run.glob(".*.part"):
             remove(part)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                new = {path.name for path in run.iterdir()} - before
+                if LOCK in new <= {LOCK, DATA}:
+                    if DATA in new:
+                        (run / DATA).rmdir()  # fails unless it is empty
+                    (run / LOCK).unlink()
+                    if made:
+                        run.rmdir()
+
+
+def check_new(run: Path) -> None:
+    """Refuse a folder that holds anything but encoded data and what other programs scatter.
+
+    What a start has left that failed before its first step is removed.
+    """
+    there = sorted(path.name for path in run.iterdir() if path.name != DATA and not is_litter(path.name))
+    failed = [name for name in there if any(fnmatchcase(name, first) for first in FIRST)] if is_unbegun(run) else []
+    others = [name for name in there if name not in failed]
+    check("path", f"a folder with {', '.join(others[:3])}", not others, "a new one, or --resume", run)
+    for name in failed:
+        remove(run / name)
+
+
+def is_unbegun(run: Path) -> bool:
+    """Whether a folder is that of a run without a single step."""
+    try:
+        described = read_fields(run / RUN).keys() >= {"options", "config", "fingerprints"}
+        return described and not any(steps(run)) and not ((run / METRICS).exists() and (run / METRICS).stat().st_size)
+    except LlamaError:
+        return False
 
 
 def remove(path: Path) -> None:
@@ -124,7 +164,7 @@ def writing(target: Path) -> Generator[None]:
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, replacing any earlier one."""
     with replacing(path) as new:
-        new.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+        new.write_bytes(to_json(fields, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -166,7 +206,7 @@ def digest(path: Path) -> str:
 def checksum(fields: Mapping[str, Any]) -> str:
     """The SHA-256 of a JSON object without its field sha256."""
     bare = {key: value for key, value in fields.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(bare, sort_keys=True).encode()).hexdigest()
 
 
 def write_hf(model: Model, arrays: Arrays, path: Path) -> None:
@@ -192,7 +232,7 @@ def save_checkpoint(
         write(new)
         files = {name: digest(new / name) for name in files_in(new)}
         fields: dict[str, Any] = {**progress._asdict(), "fingerprints": dict(fingerprints), "files": files}
-        (new / STATE).write_text(json.dumps({**fields, "sha256": checksum(fields)}, indent=2) + "\n")
+        (new / STATE).write_text(to_json({**fields, "sha256": checksum(fields)}, indent=2) + "\n")
     if progress.best_step == progress.step:
         link_best(run, progress.step)
     prune(run, progress, last)
@@ -215,7 +255,7 @@ def verify(path: Path, own: slice = slice(None)) -> dict[str, Any]:
     good = fields.get("sha256") == checksum(fields)
     check("sha256", "another than its own", good, "the contents that were saved", path / STATE)
     files: dict[str, str] = fields["files"]
-    strange = sorted({*files_in(path)} - files.keys() - {STATE})
+    strange = sorted(name for name in {*files_in(path)} - files.keys() - {STATE} if not is_litter(Path(name).name))
     check("path", "a file that was not saved with the others", not strange, "none", path / (strange or [""])[0])
     for name, known in [*files.items()][own]:
         check("sha256", "another than in state.json", digest(path / name) == known, "what was saved", path / name)

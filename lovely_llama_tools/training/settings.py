@@ -16,8 +16,11 @@ from lovely_llama import CONFIGS, Config, __version__, check, check_config
 
 from ..devices.cluster import processes, several
 from ..devices.mesh import check_rows, make_mesh, parse_mesh
+from ..extras import counted
+from ..strict_json import to_json
 from .step import MATRICES, StepOptions
 
+LEARNED = ("chars", "bpe")  # tokenizers
 # Settings of a new model, which --init-from excludes.
 MODEL = ("layers", "heads", "kv_heads", "dim", "hidden_dim", "theta", "tied", "init_std")
 
@@ -132,6 +135,9 @@ def settle(given: Mapping[str, Any], before: Mapping[str, Any]) -> Settings:
     unknown = sorted(fields.keys() - {*Settings._fields})
     check("options", ", ".join(unknown), not unknown, f"those of version {__version__}", "run.json")
     fields["data"] = tuple(os.path.abspath(path) for path in fields["data"])
+    for name in ("init_from", "tokenizer"):
+        if (value := fields[name]) and value not in LEARNED and os.path.exists(value):  # else on the hub, or nowhere
+            fields[name] = os.path.abspath(value)
     s = Settings(**fields)
     for name, bound in NUMBERS.items():
         if (value := getattr(s, name)) is not None:
@@ -153,7 +159,7 @@ def check_settled(s: Settings, given: Mapping[str, Any]) -> None:
     """Refuse settings that contradict each other."""
     micro, warmup, final = s.micro_batch or s.batch, cast(int, s.warmup), cast(float, s.final_lr)
     check("micro_batch", micro, s.batch % micro == 0, f"a divisor of the batch, {s.batch}")
-    check("warmup", warmup, warmup <= s.steps, f"at most the {s.steps} steps")
+    check("warmup", warmup, warmup <= s.steps, f"at most the {counted(s.steps, 'step')}")
     check("final_lr", final, final <= s.lr, f"at most the learning rate, {s.lr}")
     unknown = [name for name in s.lora_targets.split(",") if name not in MATRICES]
     check("lora_targets", ", ".join(unknown), not unknown, f"some of {','.join(MATRICES)}")
@@ -172,7 +178,7 @@ def new_config(s: Settings, vocab: int) -> Config:
     dim, heads = s.dim or base.dim, s.heads or base.kv_heads * base.q_per_kv
     kv_heads = s.kv_heads or (heads if s.heads else base.kv_heads)
     check("heads", heads, dim % heads == 0, f"a divisor of dim, {dim}")
-    check("kv_heads", kv_heads, heads % kv_heads == 0, f"a divisor of the {heads} heads")
+    check("kv_heads", kv_heads, heads % kv_heads == 0, f"a divisor of the {counted(heads, 'head')}")
     head_dim = dim // heads
     check("heads", heads, head_dim % 2 == 0, f"heads of an even width; {dim} / {heads} is {head_dim}")
     sizes = {"dim": dim, "kv_heads": kv_heads, "q_per_kv": heads // kv_heads, "head_dim": head_dim}
@@ -223,11 +229,12 @@ def versions() -> str:
     device = jax.devices()[0]
     where = f"{jax.device_count()} × {device.device_kind}" if device.platform != "cpu" else platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"lovely-llama {__version__}, jax {jax.__version__}, numpy {np.__version__}, {where}, {cores} cores"
+    where = f"{where}, {counted(cores or 1, 'core')}"
+    return f"lovely-llama {__version__}, jax {jax.__version__}, numpy {np.__version__}, {where}"
 
 
 def fingerprints_of(s: Settings, config: Config, others: Mapping[str, str]) -> dict[str, Any]:
     """Everything that must be the same on resume, by name."""
     sizes = {f"config.{name}": value for name, value in asdict(config).items()}
     fingerprints = {**sizes, **{name: getattr(s, name) for name in REPRODUCED}, **others, "versions": versions()}
-    return json.loads(json.dumps(fingerprints))
+    return json.loads(to_json(fingerprints))

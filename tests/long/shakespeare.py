@@ -9,7 +9,6 @@
 import argparse
 import json
 import os
-import re
 import shlex
 import statistics
 import sys
@@ -61,7 +60,7 @@ def report(run: Path) -> str:
         if "val_loss" in row:
             recent = [other["train_loss"] for other in rows[max(i - 99, 0) : i + 1]]
             lines.append(f"| {row['step']} | {sum(recent) / len(recent):.3f} | {row['val_loss']:.4f} |")
-    sample = re.split(r"---- step \d+ ----\n", (run / "samples.txt").read_text())[-1].strip()
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])["text"].strip()
     lines += ["", "Training losses are means of the last 100 steps. What it writes in the end:", "", "```text", sample]
     return "\n".join([*lines, "```", ""])
 

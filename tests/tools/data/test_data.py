@@ -387,7 +387,7 @@ def test_a_message_is_text_and_a_long_conversation_is_cut(
     assert not capsys.readouterr().err
     short = prepare(paths, tmp_path / "data", tokenizer=tokenizer, seq=20, fraction=0.0)
     assert [[target for _, target in row] for row in all_rows(short.train)] == [[*encode("Hello"), ends]]
-    assert capsys.readouterr().err == "note: 2 conversations have no answer in their first 20 tokens\n"
+    assert capsys.readouterr().err == "note: no answer in the first 20 tokens of 2 conversations\n"
 
 
 def test_texts_beside_conversations_are_learned_whole(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ RATES_RESTART = {
     ".training.loop:learning_rate": "lambda step, *more, n=__import__('itertools').count(): "
     "original(next(n) % 6, *more)"
 }
-UNCUT = {".training.metrics:cut_metrics": "lambda path, step: []"}
+UNCUT = {".training.metrics:cut_rows": "lambda path, step: []"}
 
 
 # ---- H5: resumed, with something else --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Files: detection of the format, the default model, and models that do not fit into memory."""
 
 import importlib.util
+import json
 import pickle
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_other_contents_are_called_what_they_are(what: str, tmp_path: Path) -> N
 def test_other_paths_are_called_what_they_are(path: str, says: str) -> None:
     with pytest.raises(LlamaError, match=f": path: got {says}"):
         load(path)
+
+
+@pytest.mark.parametrize("name", ["org/base", None])
+def test_an_adapter_is_called_one_and_its_base_named(name: str | None, tmp_path: Path) -> None:
+    """Also where the base's config is beside it."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name, "peft_type": "LORA"}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(LlamaError, match=f": path: got peft's adapter of {name!r}, expected what merge_and_unload"):
+            load(tmp_path)
+        (tmp_path / "config.json").write_text("{}")
 
 
 def test_a_model_goes_to_another_process(tmp_path: Path) -> None:

@@ -90,9 +90,47 @@ def test_a_sweep_ranks_the_meshes_that_divide(capfd: pytest.CaptureFixture[str])
     assert main(["plan", "stories260k", *options]) == 0
     out, err = capfd.readouterr()
     assert not err
-    head, row, _, last = out.splitlines()
-    assert [*re.split("  +", head)[:3]] == ["mesh", "fits", "peak"] and re.split("  +", row)[:2] == ["tensor=2", "yes"]
-    assert last.startswith("Compiled: the best 1 of 1 by formula.")
+    first, second = (
+        part.splitlines() for part in out.split("\n\nBy formula: the best 1 of 1, per device and step.\n\n")
+    )
+    for (head, row, *_), what in ((first, "held"), (second, "peak")):
+        assert re.split("  +", head)[:3] == ["mesh", "fits", what] and re.split("  +", row)[:2] == ["tensor=2", "yes"]
+    assert second[-1].startswith("Compiled: the best 1 by formula. All 2 devices share this machine's memory, ")
+
+
+def test_a_sweep_says_at_once_what_formulas_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal there is a bar before the first mesh has been compiled; as JSON there is nothing else."""
+    said = list[tuple[str, str]]()
+
+    def compiling(*_: object) -> Any:
+        said.append(capsys.readouterr())
+        raise ChildProcessError("no compiler")
+
+    monkeypatch.setattr("lovely_llama_tools.commands.plan.planned", compiling)
+    sweep = ["plan", "stories260k", "--chips", "v5e:4x4", "--sweep", "--batch", "16", "--seq", "64"]
+    assert main(sweep) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*sweep, "--json"]) == 1
+    (out, err), (json_out, bar) = said
+    assert not err and out.splitlines()[0].split() == ["mesh", "fits", "held", "sent", "seconds"]
+    assert "\n\nBy formula: the best 12 of " in out and out.count("\n") == 16
+    assert not json_out and bar.startswith("\rcompiling:   0%") and "0/4" in bar
+
+
+def test_devices_of_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """What each of them needs fits, and what all of them need does not."""
+    argv = ("plan", "stories260k", "--chips", "cpu:2", "--mesh", "data=2", "--batch", "2", "--seq", "8", "--decode")
+    peak = planned(capfd, *argv)["peak"]
+    monkeypatch.setattr("lovely_llama_tools.planning.plans.capacity", lambda part: 1.5 * peak)
+    report = planned(capfd, *argv)
+    assert not report["fits"] and report["together"] == 2 * peak
+    assert main([*argv]) == 0
+    out = capfd.readouterr().out
+    assert "\n\n2 devices share this machine's memory\n\n" in out
+    assert re.search(r"fits +no .*\nmemory, of all devices .*\npeak .*\npeak of 2 devices ", out)
 
 
 def test_a_training_step_on_chips_that_are_not_there(tpu: None, capfd: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +210,12 @@ def test_what_cannot_be_planned_is_refused(case: str, capfd: pytest.CaptureFixtu
 def test_a_model_that_does_not_divide(capfd: pytest.CaptureFixture[str]) -> None:
     """Neither four key/value heads nor the two queries of each have a factor of 8: their name is said."""
     assert "mesh: q_per_kv: got 2" in refusal(capfd, *words(BASE | {"--mesh": "tensor=8"}))
+
+
+def test_a_vocabulary_that_does_not_divide(capfd: pytest.CaptureFixture[str]) -> None:
+    """What would."""
+    line = refusal(capfd, *words(BASE | {"--chips": "cpu:3", "--mesh": "tensor=3", "--batch": 3}))
+    assert "mesh: vocab: got 512, expected a multiple of 3, such as 513 (--vocab pads a new model's), or a mesh" in line
 
 
 def test_a_shape_that_libtpu_refuses(tpu: None, capfd: pytest.CaptureFixture[str]) -> None:

@@ -399,14 +399,11 @@ def test_events_a_picture_and_samples(
     events = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("events.out.tfevents.*"))
     assert all(tag in events for tag in (b"train_loss", b"val_loss", b"grad_norm", b"lr"))
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    samples = (tmp_path / "run" / "samples.txt").read_text()
-    assert [line for line in samples.splitlines() if line.startswith("---- ")] == [
-        f"---- step {n} ----" for n in (10, 20, 30)
-    ]
+    samples = (tmp_path / "run" / "samples.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in samples.splitlines()] == [10, 20, 30]
     assert len(said.err.splitlines()) >= 7 and said.out.count("\n") == 1
-    metrics.cut_samples(tmp_path / "run" / "samples.txt", 20)
-    assert samples.startswith((tmp_path / "run" / "samples.txt").read_text())
-    assert "---- step 30" not in (tmp_path / "run" / "samples.txt").read_text()
+    metrics.cut_rows(tmp_path / "run" / "samples.jsonl", 20)
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == "".join(samples.splitlines(True)[:2])
 
 
 def test_a_missing_package_is_a_note(run: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
