@@ -112,7 +112,8 @@ def gguf_config(fields: Fields, tensors: Mapping[str, Stored]) -> Config:
         )
     vocab = fields.get("llama.vocab_size", int, config.vocab)
     must("llama.vocab_size", vocab, vocab == config.vocab, f"{config.vocab}, the rows of token_embd.weight")
-    must("llama.block_count", config.layers, config.layers <= len(tensors), f"at most {len(tensors)}, the number of tensors")
+    most = f"at most {len(tensors)}, the number of tensors"
+    must("llama.block_count", config.layers, config.layers <= len(tensors), most)
     return config
 
 

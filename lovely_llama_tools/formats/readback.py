@@ -16,7 +16,7 @@ from lovely_llama import Config, LlamaError, Sampling, check, is_number
 from ..extras import progress
 from ..tokens import SETTINGS, Tokenizer
 from .layout import OURS, all_tensors, from_named, to_named
-from .model import THREADS, Checkpoint, Model, narrowed, widened
+from .model import THREADS, Checkpoint, Model, narrowed
 
 # What can be left out of a model where a format has no place for it. `ids`: that a tokenizer gives the same ones.
 DROPS = ("tokenizer", "ids", "stops", "template", "sampling", *SETTINGS, "pad_token_id")
