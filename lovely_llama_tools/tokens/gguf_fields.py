@@ -8,7 +8,7 @@ from typing import Any
 
 from lovely_llama import LlamaError, check
 
-from .base import Tokenizer, check_template, with_ends
+from .base import Tokenizer, with_ends
 from .converting import vocabulary_of
 from .pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, built_tokenizer, setting
 from .pipelines import (
@@ -22,6 +22,7 @@ from .pipelines import (
     pipeline_tokenizer,
     token_names,
 )
+from .templates import check_template
 
 
 def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokenizer:
