@@ -26,7 +26,7 @@ def places(tokenizer: Tokenizer) -> list[re.Pattern[str]]:
     special = {*tokenizer.specials.values()}
     pieces = [piece for i, piece in enumerate(tokenizer.pieces) if i not in special]
     names = [name.encode() for name in tokenizer.specials]
-    return [LINE] if any(re.search(rb"[^ ] ", piece) for piece in pieces + names) else [LINE, WORD]
+    return [LINE] if any(re.search(rb"\S ", piece) for piece in pieces + names) else [LINE, WORD]
 
 
 def divide(tokenizer: Tokenizer, text: str, at: list[re.Pattern[str]]) -> int:

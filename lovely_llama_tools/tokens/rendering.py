@@ -18,7 +18,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, MEMORY = 3, 2**29  # of the processor's time for one template, and bytes for the process
+SECONDS, MEMORY = 2, 2**29  # of the processor's time for one template, and bytes for the process
 LENGTH = 2**20  # characters that a template may add to four times the size of what it is given
 
 
