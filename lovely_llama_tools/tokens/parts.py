@@ -8,7 +8,7 @@ from lovely_llama import check
 from .base import Tokenizer
 from .characters import Characters
 
-BLOCK = 2**20  # characters tokenized at a time
+BLOCK = 2**18  # characters tokenized at a time
 LONGEST = 2**22  # characters among which there may be no place to divide
 AROUND = 99  # characters on either side of a place that are tokenized to see that no token is lost there
 
