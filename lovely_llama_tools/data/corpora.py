@@ -1,19 +1,23 @@
 """Finding the files of a corpus, and reading their texts in blocks."""
 
+import codecs
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lovely_llama import LlamaError, check
 
 from ..formats.model import open_file
 from ..strict_json import read_value
+from ..tokens import Tokenizer
+from ..tokens.base import LARGEST
+from ..tokens.parts import BLOCK, divide, places
 
-BLOCK = 2**20  # characters read and tokenized at a time
 TEXTS, TOKENS = (".txt", ".jsonl"), (".bin", ".npy")  # suffixes looked for in folders
 IDS, DESCRIPTION = "tokens.bin", "data.json"  # files of a folder that `prepare` wrote
 STANDARD_LIBRARY = 2**22  # bytes of its source code used as a corpus
@@ -64,25 +68,25 @@ def standard_library() -> list[Path]:
     return found
 
 
-def read_lines(path: Path) -> Iterator[list[bytes]]:
-    """The lines of a file, newlines included, about `BLOCK` bytes at a time."""
+def read_with(path: Path, read: Callable[[BinaryIO], bytes]) -> Iterator[bytes]:
+    """The bytes of a file, as many at a time as `read` takes."""
     with open_file(path) as file:
         try:
-            while lines := file.readlines(BLOCK):
-                yield lines
+            while data := read(file):
+                yield data
         except OSError as error:
             raise LlamaError(path, "path", error.strerror, "a file that can be read") from error
 
 
 def read_blocks(path: Path) -> Iterator[str]:
-    """The text of a file, in blocks of whole lines."""
-    read = 0
-    for lines in read_lines(path):
-        data = b"".join(lines)
+    """The text of a file, in blocks of about `BLOCK` bytes, up to the end of a line where it is not far."""
+    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    for data in chain(read_with(path, lambda file: file.read(BLOCK) + file.readline(BLOCK)), [b""]):
+        begun = len(decoder.getstate()[0])  # bytes of a character that the last block has not ended
         try:
-            yield data.decode()
+            yield decoder.decode(data, not data)
         except UnicodeDecodeError as error:
-            got = f"bytes that are not UTF-8 at byte {read + error.start}"
+            got = f"bytes that are not UTF-8 at byte {read - begun + error.start}"
             raise LlamaError(path, "text", got, "UTF-8") from error
         read += len(data)
 
@@ -98,23 +102,24 @@ def read_text(path: str) -> str:
         raise LlamaError("stdin", "text", f"bytes that are not UTF-8 at byte {error.start}", "UTF-8") from error
 
 
-def read_documents(path: Path, separators: Sequence[str]) -> Iterator[tuple[str, bool]]:
+def read_documents(path: Path, separators: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
     """The documents of a text, split at separators, in parts, each with whether its document ends there.
 
-    A separator includes a newline on either side of it. Long documents are divided between two lines that end and
-    start with a visible character: tokenizers' regular expressions split there as well, so the tokens are the same.
+    A separator includes a newline on either side of it. Long documents are divided where the tokens stay the same.
     """
-    between = re.compile("\n?(?:" + "|".join(map(re.escape, separators)) + ")\n?") if separators else re.compile("(?!)")
-    rest = ""
+    mark = "\n?(?:" + ("|".join(map(re.escape, separators)) or "(?!)") + ")"
+    surely, close = re.compile(rf"{mark}(?:\n|(?=[^\n]))"), 1 + max(map(len, separators), default=0)
+    rest, at = "", places(tokenizer)
     for block in read_blocks(path):
-        *parts, rest = between.split(rest + block)
+        *parts, rest = surely.split(rest + block)
         yield from ((part, True) for part in parts)
         if len(rest) >= BLOCK:
-            ends = [found.end() for found in re.finditer(r"\S\n(?=\S)", rest)]
-            if ends:
-                yield rest[: ends[-1]], False
-                rest = rest[ends[-1] :]
-    yield rest, True
+            end = divide(tokenizer, rest[:-close], at)  # what is close to the end may be a separator
+            if end:
+                yield rest[:end], False
+                rest = rest[end:]
+    *parts, rest = re.split(f"{mark}\n?", rest)
+    yield from ((part, True) for part in (*parts, rest))
 
 
 def is_records(path: Path) -> bool:
@@ -124,21 +129,19 @@ def is_records(path: Path) -> bool:
 
 def read_records(path: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:
     """The records of a JSON lines file, each with its file and line: a text, or the messages of a conversation."""
-    number = 0
-    for lines in read_lines(path):
-        for line in lines:
-            number += 1
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            record = read_value(line.rstrip(), where, lines=True)
-            if isinstance(record, list):
-                record = {"messages": record}
-            check("JSON", f"a value of type {type(record).__name__}", isinstance(record, dict), "an object", where)
-            if isinstance(text := record.get("text"), str) and "messages" not in record:
-                yield where, text
-            else:
-                yield where, as_messages(record.get("messages"), where)
+    for number, line in enumerate(read_with(path, lambda file: file.readline(LARGEST + 1)), 1):
+        where = f"{path}:{number}"
+        check("line", f"more than {LARGEST} bytes", len(line) <= LARGEST, "shorter records", where)
+        if not line.strip():
+            continue
+        record = read_value(line.rstrip(), where, lines=True)
+        if isinstance(record, list):
+            record = {"messages": record}
+        check("JSON", f"a value of type {type(record).__name__}", isinstance(record, dict), "an object", where)
+        if isinstance(text := record.get("text"), str) and "messages" not in record:
+            yield where, text
+        else:
+            yield where, as_messages(record.get("messages"), where)
 
 
 def as_messages(value: Any, where: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from ..formats.model import blamed_on
 from ..inference.chat import chat_prompt
 from ..tokens import Tokenizer
 from ..tokens.base import ENDS
+from ..tokens.parts import continue_text, divided
 from .corpora import is_records, read_documents, read_records
 
 
@@ -31,7 +32,7 @@ def encode_file(path: Path, tokenizer: Tokenizer) -> Iterator[Encoded]:
         marked = tokenizer.bos is not None or tokenizer.eos is not None
         separators = [name for name in ENDS if name == ENDS[0] or name in tokenizer.specials]
         with blamed_on(path):
-            yield from encode_texts(read_documents(path, separators if marked else []), tokenizer)
+            yield from encode_texts(read_documents(path, separators if marked else [], tokenizer), tokenizer)
         return
     for where, record in read_records(path):
         with blamed_on(where):
@@ -50,22 +51,16 @@ def encode_texts(parts: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Ite
     begins, eos = True, [] if tokenizer.eos is None else [tokenizer.eos]
     for text, ends in parts:
         if text or not begins:
-            ids = encode(tokenizer, text, begins)
-            yield Encoded([*(bos if begins else []), *ids, *(eos if ends else [])], begins, None)
+            for part in divided(tokenizer, text):
+                yield Encoded([*(bos if begins else []), *encode(tokenizer, part, begins)], begins, None)
+                begins = False
+            yield Encoded(eos if ends else [], False, None)
         begins = ends
 
 
 def encode(tokenizer: Tokenizer, text: str, begins: bool = True) -> list[int]:
-    """Tokenize a text, or its continuation if `begins` is false.
-
-    Some tokenizers insert a space at the start of every text. A continuation is therefore encoded after a newline,
-    where none is inserted, and the newline is dropped again.
-    """
-    if begins or not tokenizer.prefix or not text:
-        ids = tokenizer.encode(text, False) if text else []
-    else:
-        newline, ids = tokenizer.encode("\n", False), tokenizer.encode("\n" + text, False)
-        ids = ids[len(newline) :] if ids[: len(newline)] == newline else tokenizer.encode(text, False)
+    """Tokenize a text, or its continuation if `begins` is false."""
+    ids = tokenizer.encode(text, False) if text and begins else continue_text(tokenizer, text)
     if not {*ids}.isdisjoint(
         tokenizer.specials.values()
     ):  # special tokens are never encoded here, so it is the unknown token

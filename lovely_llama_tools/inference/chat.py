@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from lovely_llama import LlamaError, check
 
-from ..tokens import Tokenizer, check_text, segments, template_environment
+from ..tokens import Tokenizer, check_text, encode_parts, render, segments
 
 
 def recent(tokenizer: Tokenizer | None, messages: list[dict[str, str]], limit: int) -> list[dict[str, str]]:
@@ -48,18 +49,12 @@ def chat_prompt(
     name_of = {token: name for name, token in tokenizer.specials.items()}
     bos, eos = ("" if token is None else name_of.get(token, "") for token in (tokenizer.bos, tokenizer.eos))
     usual = {"tools": None, "documents": None, "add_generation_prompt": True, "bos_token": bos, "eos_token": eos}
-    environment = template_environment()
-    try:
-        text = environment.from_string(source).render(messages=escaped, **usual | values)
-    except LlamaError:
-        raise
-    except Exception as error:  # from jinja2, or whatever the template calls
-        raise LlamaError("model", "chat_template", f"{type(error).__name__}: {error}", "one that renders") from error
+    text = render(source, {"messages": escaped, **usual, **values})
     if mark not in text:
-        return tokenizer.encode(text, True)
+        return [*chain.from_iterable(encode_parts(tokenizer, text, True))]
     tokens = list[int]()
     for part, token in segments(text, tokenizer.specials):
         part = re.sub(f"{mark}(\\d+){mark}", lambda found: name_of[int(found[1])], part)
-        tokens += tokenizer.encode(part, False) if part else []
+        tokens += chain.from_iterable(encode_parts(tokenizer, part)) if part else []
         tokens += [] if token is None else [token]
     return tokens

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from ..devices.programs import Program
 from ..extras import progress
 from ..fast.layers import block, embed
 from ..formats.model import Model
-from ..tokens import check_text
+from ..tokens import check_text, encode_parts
 from .caches import new_cache, running
 
 CTX = 2048  # default window, unless the model's context is shorter
@@ -143,10 +144,11 @@ def perplexity(model: Model, text: str | Sequence[int], ctx: int | None = None, 
         check("text", "nothing", bool(text), "a text")
         if tokenizer is None:
             raise LlamaError("model", "tokenizer", "none", "token ids for a text")
-        tokens = tokenizer.begin(text)
+        bos = [tokenizer.bos] if tokenizer.adds_bos else []
+        ids: Any = np.concatenate([np.array(some, np.int32) for some in chain([bos], encode_parts(tokenizer, text))])
     else:
-        tokens = list[int](text)
-    tokens: list[int] = check_tokens(tokens, config.vocab, max(len(tokens), 1), "text").tolist()
+        ids = text
+    tokens = check_tokens(ids, config.vocab, max(len(ids), 1), "text")
     check("text", f"{len(tokens)} token", len(tokens) > 1, "at least 2 tokens, one to be scored after another", "text")
     nats = 0.0
     with progress("scoring", len(tokens) - 1, " tokens") as advance:

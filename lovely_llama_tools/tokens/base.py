@@ -1,20 +1,21 @@
-"""`Tokenizer`, and what its makers share: texts, templates, small files, and the containment of other libraries."""
+"""`Tokenizer`, and what its makers share: texts, small files, and the containment of other libraries."""
 
+import ctypes
 import os
 import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from lovely_llama import LlamaError, Sampling, check
-
-from ..extras import extra
 
 # Special tokens that end an answer, or a text, in one Llama or another, besides the one called EOS.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 LARGEST = 2**26  # bytes of a tokenizer's file
+CLONE_FILES = 0x400  # Linux, sched.h
 
 
 class Tokenizer(NamedTuple):
@@ -113,92 +114,38 @@ def segments(text: str, specials: Mapping[str, int]) -> Iterator[tuple[str, int 
     yield text[end:], None
 
 
-# ---- Templates -------------------------------------------------------------------------------------------------------
-
-
-def template_environment() -> Any:
-    """Where chat templates are rendered: jinja2's sandbox, with what transformers adds to it.
-
-    transformers, utils/chat_template_utils.py: loop controls, the tag `generation`, `raise_exception`, `strftime_now`,
-    and a `tojson` that keeps characters as they are.
-    """
-    import json
-    from datetime import datetime
-
-    jinja2 = extra("jinja2", "chat")
-    sandbox, extension = extra("jinja2.sandbox", "chat"), extra("jinja2.ext", "chat")
-
-    class Generation(extension.Extension):
-        """`{% generation %}` marks an answer when training; what stands within is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012 -- as jinja2 has it
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-    def refuse(message: object) -> None:
-        raise LlamaError("model", "chat_template", f"{message!r}", "a conversation that the template accepts")
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=refuse, strftime_now=now)
-    return environment
-
-
-def check_template(template: str, field: str, file: object) -> None:
-    """Refuse a template that jinja2 cannot parse."""
-    check_text(field, template)
-    environment = template_environment()
-    try:
-        environment.parse(template)
-    except Exception as error:  # a syntax error, or nesting too deep
-        raise LlamaError(file, field, "a syntax error", "a jinja2 template") from error
-
-
 # ---- Other libraries, and files --------------------------------------------------------------------------------------
 
-LOCK = threading.RLock()  # over file descriptor 2, and over the settings of a library's tokenizer
+Result = TypeVar("Result")
 
 
-@contextmanager
-def silenced() -> Generator[None]:
-    """Drop what is written to file descriptor 2; nothing else can hold back what a Rust or C++ library prints there."""
-    with LOCK:
+def apart(work: Callable[[], Result]) -> Result:
+    """Run in a thread with file descriptors of its own, among which 2 leads nowhere.
+
+    A panic in Rust writes there whatever Python does. Where the system gives a thread none (Linux alone does, and not
+    in every container), it is seen.
+    """
+    done = Future[Result]()
+
+    def run() -> None:
         try:
-            kept = os.dup(2)
-        except OSError:  # closed
-            kept = None
-        null = os.open(os.devnull, os.O_WRONLY)
-        if null != 2:
-            os.dup2(null, 2)
-            os.close(null)
-        try:
-            yield
-        finally:
-            if kept is None:
-                os.close(2)
-            else:
-                os.dup2(kept, 2)
-                os.close(kept)
+            if getattr(ctypes.CDLL(None), "unshare", lambda _: -1)(CLONE_FILES) == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    return done.result()
 
 
 @contextmanager
 def contained(file: object, field: str, got: str, expected: str) -> Generator[None]:
     """Whatever a library raises within becomes a LlamaError, a panic of Rust too, which is no Exception."""
     try:
-        with silenced():
-            yield
+        yield
     except LlamaError:
         raise
     except BaseException as error:

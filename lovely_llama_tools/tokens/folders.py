@@ -7,7 +7,7 @@ from typing import Any
 from lovely_llama import LlamaError, check, is_number
 
 from ..strict_json import read_json, to_json
-from .base import Tokenizer, check_template, fit, small_file, with_ends
+from .base import Tokenizer, fit, small_file, with_ends
 from .characters import Characters, read_characters, write_characters
 from .converting import describe_proto
 from .pieces import (
@@ -22,6 +22,7 @@ from .pieces import (
 )
 from .pipelines import Pipeline, added_token, as_list, as_object, pipeline_tokenizer, token_names
 from .ranks import LLAMA3_SPECIALS, is_ranks, rank_tokenizer
+from .templates import check_template
 
 CONFIG = "tokenizer_config.json"
 SPECIALS = (CONFIG, "special_tokens_map.json", "added_tokens.json")  # files that name special tokens

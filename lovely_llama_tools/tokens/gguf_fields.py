@@ -9,7 +9,7 @@ from typing import Any
 from lovely_llama import LlamaError, check
 
 from ..extras import counted
-from .base import Tokenizer, check_template, usual_stops, with_ends
+from .base import Tokenizer, usual_stops, with_ends
 from .converting import vocabulary_of
 from .pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, built_tokenizer, setting
 from .pipelines import (
@@ -23,6 +23,7 @@ from .pipelines import (
     pipeline_tokenizer,
     token_names,
 )
+from .templates import check_template
 
 # The keys of special tokens, by their names in tokenizer_config.json. The third is spelt as gguf-py has it.
 PLACES = {

@@ -1,15 +1,17 @@
 """Hugging Face's tokenizer.json, run by the package tokenizers; byte-level vocabularies are written as one first."""
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from lovely_llama import LlamaError, check
 
 from ..extras import extra
 from ..strict_json import read_json, to_json
-from .base import Tokenizer, check_text, contained, prefix_of
+from .base import Tokenizer, apart, check_text, contained, prefix_of
 from .pieces import BYTES
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -130,14 +132,26 @@ def is_byte_level(description: Mapping[str, Any]) -> bool:
     return any(step.get("type") == "ByteLevel" for step in decoders(description))
 
 
+def regexes(description: Mapping[str, Any]) -> set[str]:
+    """The regular expressions by which texts are changed or split."""
+    patterns = (as_object(step.get("pattern")) for step in normalizers(description) + pre_tokenizers(description))
+    return {str(pattern["Regex"]) for pattern in patterns if "Regex" in pattern}
+
+
+TRIED = {regex for split in PRE.values() for regex in regexes({"pre_tokenizer": split})}  # others may give up on a text
+
+
 class Pipeline:
     """Encodes with the package tokenizers; pickles as its tokenizer.json."""
 
     def __init__(self, source: str, description: Mapping[str, Any] | None = None) -> None:
-        self.source, self.library = source, extra("tokenizers", "chat").Tokenizer.from_str(source)
+        self.source, self.lock = source, threading.Lock()  # the lock is over the library's settings
+        self.library = apart(lambda: extra("tokenizers", "chat").Tokenizer.from_str(source))
         self.library.no_truncation()
         self.library.no_padding()
-        self.known, self.byte_level = known_letters(description or self.description())
+        description = description or self.description()
+        self.known, self.byte_level = known_letters(description)
+        self.tried = regexes(description) <= TRIED
 
     def __call__(self, text: str, special: bool) -> list[int]:
         check_text("text", text)
@@ -147,9 +161,11 @@ class Pipeline:
             unknown = sorted({*spelt} - self.known)
             what = "bytes" if self.byte_level else "characters"
             check("text", f"{what} {unknown}", not unknown, f"{what} that are in the vocabulary")
-        with contained("arguments", "text", "one that the tokenizer fails to split", "another text, or tokenizer"):
+        what = contained("arguments", "text", "one that the tokenizer fails to split", "another text, or tokenizer")
+        with what, self.lock:
             self.library.encode_special_tokens = not special
-            return self.library.encode(text, add_special_tokens=False).ids
+            encode = partial(self.library.encode, text, add_special_tokens=False)
+            return (encode() if self.tried else apart(encode)).ids
 
     def description(self) -> dict[str, Any]:
         """Its tokenizer.json."""
@@ -188,7 +204,7 @@ def pipeline_tokenizer(description: Mapping[str, Any], file: object, source: str
     with contained(file, "contents", "other data, or a regex that is none", "a tokenizer.json"):
         encode = Pipeline(source or to_json(description, ensure_ascii=False), description)
         ids = [encode.library.token_to_id(name) for name in names]
-        settled: list[int] = encode.library.encode("").ids  # what comes before and after every text
+        settled: list[int] = apart(lambda: encode.library.encode("")).ids  # what comes before and after every text
     wrong = [names[i] for i, token in enumerate(ids) if token != i]
     check("added_tokens", f"{wrong[:1]} under another id", not wrong, "the id that the vocabulary has", file)
     pieces = spelt_pieces(description, names, specials, file)

@@ -1,7 +1,8 @@
 """New tokenizers, learned from a corpus: byte-level BPE, SentencePiece BPE with byte fallback, and characters."""
 
 import io
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 from lovely_llama import check
 
@@ -12,6 +13,24 @@ from .pieces import sentencepiece_tokenizer
 from .pipelines import byte_letters, json_tokenizer
 
 SPECIALS = ("[UNK]", "[PAD]", "[BOS]", "[EOS]")
+WORD = 2**16  # characters of one kind in a row, all of which are in memory many times over
+LINE = 4192  # bytes of a line that SentencePiece does not skip
+
+
+def words(corpus: Iterable[str]) -> Iterator[str]:
+    """The texts of a corpus, unless one is a single word, as it were."""
+    for text in corpus:
+        longest = max(map(len, re.findall(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+", text)), default=0)
+        expected = f"at most {WORD} in a word, or a token for each character"
+        check("text", f"{longest} characters without a boundary", longest <= WORD, expected, "corpus")
+        yield text
+
+
+def lines(corpus: Iterable[str]) -> Iterator[str]:
+    """The lines of a corpus. One that SentencePiece would skip is cut, between words where it can be."""
+    for line in (line for text in words(corpus) for line in text.splitlines() if line.strip()):
+        short = len(line.encode(errors="replace")) <= LINE
+        yield from [line] if short else re.findall(rf".{{1,{LINE // 4}}}(?=\s|$)|.{{1,{LINE // 4}}}", line)
 
 
 def train_bpe(corpus: Iterable[str], vocab: int) -> Tokenizer:
@@ -28,7 +47,7 @@ def train_bpe(corpus: Iterable[str], vocab: int) -> Tokenizer:
         vocab_size=vocab, special_tokens=[*SPECIALS], initial_alphabet=[*byte_letters()], show_progress=False
     )
     with contained("corpus", "text", "texts that cannot be trained on", "other texts, or another vocabulary"):
-        bpe.train_from_iterator(corpus, trainer)
+        bpe.train_from_iterator(words(corpus), trainer)
     tokenizer = json_tokenizer(bpe.to_str().encode(), "corpus")
     check("vocab", vocab, len(tokenizer.pieces) == vocab, f"at most {len(tokenizer.pieces)}, as the corpus is small")
     return with_ends(tokenizer, 2, 3, True, "corpus")
@@ -43,10 +62,11 @@ def train_sentencepiece(corpus: Iterable[str], vocab: int) -> Tokenizer:
 
     least = 256 + 3
     check("vocab", vocab, least < vocab < 2**24, f"more than {least}, for bytes and special tokens")
-    lines, out = (line for text in corpus for line in text.splitlines() if line.strip()), io.BytesIO()
+    out = io.BytesIO()
     with contained("arguments", "vocab", f"{vocab}", "room for the characters of the corpus, and none left over"):
         SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(corpus),
+            max_sentence_length=LINE,
             model_writer=out,
             model_type="bpe",
             vocab_size=vocab,

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
@@ -24,7 +25,7 @@ from lovely_llama import LlamaError, logits, loss
 from lovely_llama_tools.data import corpora
 from lovely_llama_tools.data.prepare import Batch, Corpus, Split, ahead, prepare
 from lovely_llama_tools.formats.files import checkpoint, default_model
-from lovely_llama_tools.tokens import Tokenizer, folder_tokenizer, tokenizer_files
+from lovely_llama_tools.tokens import Tokenizer, folder_tokenizer, parts, tokenizer_files
 from lovely_llama_tools.tokens.base import with_ends
 from lovely_llama_tools.tokens.characters import characters_tokenizer
 from lovely_llama_tools.tokens.training import train_bpe, train_sentencepiece
@@ -93,19 +94,52 @@ def bpe() -> Tokenizer:
     return train_bpe(corpus(), 500)
 
 
+@pytest.mark.parametrize("written", ["as it is", "in one line", "in one record"])
 @pytest.mark.parametrize(
     "make",
     [bpe, smollm2, lambda: train_sentencepiece(corpus()[:2], 600), lambda: characters_tokenizer(characters())],
     ids=["bpe", "smollm2", "sentencepiece", "chars"],
 )
-def test_a_text_in_blocks_is_encoded_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+def test_a_text_in_blocks_is_encoded_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, written: str
+) -> None:
     """Between BOS, where the tokenizer puts it first, and EOS."""
     monkeypatch.setattr(corpora, "BLOCK", 300)
+    monkeypatch.setattr(parts, "BLOCK", 300)
     tokenizer: Tokenizer = make()
-    found = prepare([str(ROOT / "lovely_llama.py")], tmp_path / "data", tokenizer=tokenizer, seq=50, fraction=0.0)
-    want = tokenizer.begin((ROOT / "lovely_llama.py").read_text())
+    text, path = (ROOT / "lovely_llama.py").read_text(), tmp_path / "text.txt"
+    text = text.replace("\n", " ") if written == "in one line" else text
+    if written == "in one record":
+        path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": text}) if path.suffix == ".jsonl" else text)
+    found = prepare([str(path)], tmp_path / "data", tokenizer=tokenizer, seq=50, fraction=0.0)
+    want = tokenizer.begin(text)
     want += [] if tokenizer.eos is None else [tokenizer.eos]
     assert np.fromfile(tmp_path / "data/tokens.bin", "<u2").tolist() == want and found.validation is None
+
+
+def test_a_long_line_takes_memory_by_the_block(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the sky is blue and " * 200_000)
+    tracemalloc.start()
+    prepare([str(tmp_path / "text.txt")], tmp_path / "data", seq=50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 4_000_000
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", bpe])
+def test_a_text_that_nothing_divides_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    """To learn from, or to tokenize: neither could be done by the block."""
+    (tmp_path / "text.txt").write_text("skyisblue" * 600_000)
+    given = tokenizer if isinstance(tokenizer, str) else tokenizer()
+    tracemalloc.start()
+    with pytest.raises(
+        LlamaError, match=r"text: got \d+ characters (in one word|without a boundary), expected at most"
+    ):
+        prepare([str(tmp_path / "text.txt")], tmp_path / "data", tokenizer=given, vocab=500, seq=50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**26
 
 
 def characters() -> str:

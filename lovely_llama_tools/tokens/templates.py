@@ -1,0 +1,93 @@
+"""Chat templates: checked when they are read, and rendered in a process whose time and memory are bounded."""
+
+import atexit
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from lovely_llama import LlamaError, check
+
+from ..devices.processes import PATH
+from ..extras import extra
+from .base import check_text
+
+LONGEST = 2**20  # characters of a template
+LOCK = threading.Lock()  # over the process that renders
+RENDERERS = dict[int, "subprocess.Popen[bytes]"]()  # by the process that has started one: a fork starts its own
+
+
+def check_template(template: str, field: str, file: object) -> None:
+    """Refuse a template that jinja2 cannot parse."""
+    check_text(field, template)
+    check(field, f"{len(template)} characters", len(template) <= LONGEST, f"at most {LONGEST}", file)
+    extra("jinja2", "chat")
+    from .rendering import environment
+
+    try:
+        environment().parse(template)
+    except Exception as error:  # a syntax error, or nesting too deep
+        raise LlamaError(file, field, "a syntax error", "a jinja2 template") from error
+
+
+def render(source: str, values: Mapping[str, Any]) -> str:
+    """The text of a template with these variables."""
+    extra("jinja2", "chat")
+    try:
+        request = pickle.dumps((source, dict(values)))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise LlamaError("arguments", "values", str(error), "texts, numbers, lists and dictionaries") from error
+    with LOCK:
+        said = ask(request)
+    if "text" in said:
+        return said["text"]
+    if "refused" in said:
+        raise LlamaError("model", "chat_template", said["refused"], "a conversation that the template accepts")
+    raise LlamaError("model", "chat_template", said["failed"], "one that renders")
+
+
+def ask(request: bytes) -> dict[str, str]:
+    """What the process that renders says; it is started where there is none, and has ended where a bound was met."""
+    here = os.getpid()
+    if here not in RENDERERS:
+        RENDERERS[here] = start()
+    process: Any = RENDERERS[here]
+    try:
+        process.stdin.write(len(request).to_bytes(8, "little") + request)
+        process.stdin.flush()
+        if said := process.stdout.readline():
+            return json.loads(said)
+    except BrokenPipeError:
+        pass
+    except BaseException:  # an interrupt: its answer would be taken for the next
+        end(here)
+        raise
+    end(here)
+    from .rendering import MEMORY, SECONDS
+
+    return {"failed": f"one that takes more than {SECONDS} s or {MEMORY >> 20} MiB"}
+
+
+def start() -> "subprocess.Popen[bytes]":
+    """Start the process; Ctrl-C on a terminal is not for it."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(Path(__file__).with_name("rendering.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0,
+        env=os.environ | {"PYTHONPATH": PATH},
+    )  # fmt: skip
+    atexit.register(end, os.getpid())
+    return process
+
+
+def end(starter: int) -> None:
+    """End the process, if it is this one's."""
+    if starter == os.getpid() and (process := RENDERERS.pop(starter, None)):
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            cast(Any, pipe).close()
