@@ -16,7 +16,7 @@ from lovely_llama import Config, LlamaError, Sampling, check, is_number
 from ..extras import progress
 from ..tokens import SETTINGS, Tokenizer
 from .layout import OURS, all_tensors, from_named, to_named
-from .model import THREADS, Checkpoint, Model, narrowed, widened
+from .model import THREADS, Checkpoint, Model, narrowed
 
 # What can be left out of a model where a format has no place for it. `ids`: that a tokenizer gives the same ones.
 DROPS = ("tokenizer", "ids", "stops", "template", "sampling", *SETTINGS, "pad_token_id")
@@ -128,10 +128,10 @@ def described_sampling(sampling: Sampling | None) -> dict[str, Any]:
 
 def are_alike(a: Any, b: Any) -> bool:
     """`alike`, of dictionaries item by item."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        left, right = cast(dict[Any, Any], a), cast(dict[Any, Any], b)
-        return left.keys() == right.keys() and all(alike(left[key], right[key]) for key in left)
-    return alike(a, b)
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return alike(cast(object, a), b)
+    left, right = cast(dict[Any, Any], a), cast(dict[Any, Any], b)
+    return left.keys() == right.keys() and all(alike(left[key], right[key]) for key in left)
 
 
 def brief(value: Any) -> str:
