@@ -174,8 +174,8 @@ def save(
         writer, own = WRITERS[to], str(model.params.embed.dtype)
         dtype = dtype or (own if own in writer.dtypes else writer.dtypes[0])
         check("dtype", dtype, dtype in writer.dtypes, f"{', '.join(writer.dtypes)} for {to}")
-        model, drop = without(model, drop)
-        left_out = writer.left_out(model.tokenizer) if model.tokenizer else {}
+        model, dropped = without(model, drop)
+        left_out: Mapping[str, Any] = writer.left_out(model.tokenizer) if model.tokenizer else {}
         part = path.with_name(f".{path.name}.part{os.getpid()}")
         part.mkdir(parents=True)
         try:
@@ -183,7 +183,7 @@ def save(
                 writer.write(model, part / path.name, dtype)
             made = companions(model, part, path, is_owner)
             with in_place(model, part, path.parent), blamed_on(path), ExitStack() as files:
-                check_saved(model, opener(part / path.name)(part / path.name, files), left_out, drop)
+                check_saved(model, opener(part / path.name)(part / path.name, files), left_out, dropped)
             publish_all([*made, part / path.name], path.parent, part / ".kept")
         finally:
             shutil.rmtree(part)

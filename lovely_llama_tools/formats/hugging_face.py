@@ -85,7 +85,7 @@ def read_tokenizer(path: Path, vocab: int) -> Tokenizer | None:
     if tokenizer is None:
         return None
     unstated = frozenset(name for name in ("do_sample", *Sampling._fields) if generation.get(name) is None)
-    settings, pad = tokenizer.settings, given.get("pad_token_id", generation.get("pad_token_id"))
+    settings, pad = tokenizer.settings, cast(Any, given.get("pad_token_id", generation.get("pad_token_id")))
     if is_whole(pad) and 0 <= pad < vocab and pad != tokenizer.pad:  # −1 stands for none
         settings = {**settings, "pad_token_id": pad}
     return tokenizer._replace(

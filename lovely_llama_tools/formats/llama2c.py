@@ -18,7 +18,6 @@ from lovely_llama import Config, LlamaError, Params, check
 
 from ..extras import counted
 from ..tokens import (
-    SETTINGS,
     Tokenizer,
     bin_tokenizer,
     folder_tokenizer,
@@ -202,7 +201,8 @@ def unknown_to_llama2c(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a tokenizer states and run.c does not know, though much of it goes into tokenizer_config.json beside."""
     stops = sorted(tokenizer.stops - usual_stops(tokenizer.specials, tokenizer.eos))
     stated = {"stops": stops, "template": tokenizer.template or tokenizer.templates, "sampling": tokenizer.stated}
-    return {name: value for name, value in {**stated, **tokenizer.settings}.items() if value or name in SETTINGS}
+    settings = {name: value for name, value in tokenizer.settings.items() if name != "unk_token"}  # the first piece
+    return {name: value for name, value in stated.items() if value} | settings
 
 
 def tokenizer_beside(tokenizer: Tokenizer | None, vocab: int) -> dict[str, bytes]:

@@ -128,10 +128,10 @@ def described_sampling(sampling: Sampling | None) -> dict[str, Any]:
 
 def are_alike(a: Any, b: Any) -> bool:
     """`alike`, of dictionaries item by item."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        left, right = cast(dict[Any, Any], a), cast(dict[Any, Any], b)
-        return left.keys() == right.keys() and all(alike(left[key], right[key]) for key in left)
-    return alike(a, b)
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return alike(cast(object, a), b)
+    left, right = cast(dict[Any, Any], a), cast(dict[Any, Any], b)
+    return left.keys() == right.keys() and all(alike(left[key], right[key]) for key in left)
 
 
 def brief(value: Any) -> str:

@@ -58,7 +58,7 @@ def folder_tokenizer(folder: str | Path, vocab: int | None = None) -> Tokenizer 
         tokenizer = read_source(data, path, config, vocab)
         templates = read_templates(folder, config)
         template = templates.pop("default", None)
-        settings = read_settings(config, folder / CONFIG)
+        settings = {**tokenizer.settings, **read_settings(config, folder / CONFIG)}
         tokenizer = tokenizer._replace(template=template, templates=templates, settings=settings)
         return tokenizer if vocab is None else fit(tokenizer, vocab, path)
     return None
@@ -83,8 +83,8 @@ def token_text(config: Mapping[str, Any], key: str, file: object) -> str | None:
 
 
 def read_settings(config: Mapping[str, Any], file: object) -> dict[str, Any]:
-    """What a config says of `SETTINGS`, tokens by their names alone."""
-    found = {key: config[key] for key in SETTINGS if config.get(key) is not None}
+    """What a config says of `SETTINGS`, tokens by their names alone. False is the default where it can be said."""
+    found = {key: config[key] for key in SETTINGS if config.get(key) not in (None, False)}
     for key in found.keys() & {*NAMES}:
         found[key] = token_text(config, key, file)
     for key in [key for key in found if isinstance(found[key], list)]:

@@ -77,9 +77,10 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
     tokenizer = with_ends(tokenizer, bos, eos, adds_bos, path)
     stops = tokenizer.stops | {i for i in ends.values() if i is not None}
     pieces = [b"" if kind == UNUSED else piece for kind, piece in zip(kinds, tokenizer.pieces, strict=True)]
-    settings = named_settings({name: field(key, None) for name, key in PLACES.items()}, names, tokenizer.specials)
-    if type(adds_eos := field("add_eos_token", None)) is bool:
-        settings["add_eos_token"] = adds_eos
+    ids = {name: field(key, None) for name, key in PLACES.items()}
+    settings = {**tokenizer.settings, **named_settings(ids, names, tokenizer.specials)}
+    if field("add_eos_token", None) is True:
+        settings["add_eos_token"] = True
     return tokenizer._replace(template=template, templates=templates, stops=stops, pieces=pieces, settings=settings)
 
 

@@ -53,7 +53,8 @@ def sentencepiece_tokenizer(proto: bytes, file: object) -> Tokenizer:
     ]  # fmt: skip
     bos, eos = (i if i >= 0 else None for i in (encode.library.bos_id(), encode.library.eos_id()))
     prefix = prefix_of(encode, pieces)
-    tokenizer = Tokenizer(encode, pieces, encode.specials, frozenset(), None, False, prefix, None)
+    settings = {"unk_token": next(piece.text for piece in vocabulary.pieces if piece.kind == UNKNOWN)}
+    tokenizer = Tokenizer(encode, pieces, encode.specials, frozenset(), None, False, prefix, None, settings=settings)
     return with_ends(tokenizer, bos, eos, bos is not None, file)
 
 
