@@ -27,7 +27,7 @@ from .orbax import ORBAX, open_orbax
 from .publishing import check_target, publish_all
 from .publishing import publish as publish
 from .readback import check_saved
-from .saving import companions, in_place, tokenizer_errors, without
+from .saving import companions, copy_tokenizer, tokenizer_errors, without
 
 # What else the first bytes of a file may be.
 FOREIGN = {
@@ -182,7 +182,9 @@ def save(
             with tokenizer_errors(path):
                 writer.write(model, part / path.name, dtype)
             made = companions(model, part, path, is_owner)
-            with in_place(model, part, path.parent), blamed_on(path), ExitStack() as files:
+            if model.tokenizer:
+                copy_tokenizer(part, path.parent)
+            with blamed_on(path), ExitStack() as files:
                 check_saved(model, opener(part / path.name)(part / path.name, files), left_out, dropped)
             publish_all([*made, part / path.name], path.parent, part / ".kept")
         finally:

@@ -54,7 +54,7 @@ class Fields:
         """The value of a key, of this type, or the default where there is one."""
         check(name, "nothing", name in self.found or bool(default), "a value", self.path)
         value = self.found.get(name, *default)
-        check(name, repr(value), type(value) is kind, f"a value of type {kind.__name__}", self.path)
+        check(name, f"{value!r:.99}", type(value) is kind, f"a value of type {kind.__name__}", self.path)
         self.asked[name] = value, "honoured" if name in self.found else "defaulted"
         return value
 

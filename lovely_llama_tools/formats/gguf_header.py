@@ -32,6 +32,12 @@ KINDS = {
     2: Kind("Q4_0", 32, 18), 3: Kind("Q4_1", 32, 20), 6: Kind("Q5_0", 32, 22), 7: Kind("Q5_1", 32, 24),
     8: Kind("Q8_0", 32, 34), 12: Kind("Q4_K", 256, 144), 13: Kind("Q5_K", 256, 176), 14: Kind("Q6_K", 256, 210),
 }  # fmt: skip
+# The others by name; those without one have been given up.
+UNREAD = {
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
 
 
 class Stored(NamedTuple):
@@ -47,13 +53,14 @@ class Stored(NamedTuple):
 # The types of fields as `struct` has them; for a string, its length.
 CODES = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 8), "BbHhIif?QqdQ", strict=True))
 FLOAT32, STRING, ARRAY = 6, 8, 9
+TEXT, COUNT = 2**25, 2**16  # bytes of all names and strings in a file; fields, and tensors
 
 
 class Scan:
     """A file read forwards. Every size is compared with what is left of the file before memory is taken for it."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.file, self.path, self.at = file, path, 0
+        self.file, self.path, self.at, self.text = file, path, 0, TEXT
         self.size = os.fstat(file.fileno()).st_size
 
     def take(self, n: int) -> bytes:
@@ -63,6 +70,7 @@ class Scan:
 
     def beyond(self, n: int) -> bytes:
         """Refuse to read so much."""
+        check("strings", f"over {TEXT} bytes", n > self.size - self.at, "less text in a header", self.path)
         raise LlamaError(self.path, "size", counted(self.size, "byte"), f"{n} more at byte {self.at}")
 
     def numbers(self, code: str, n: int = 1) -> tuple[Any, ...]:
@@ -70,25 +78,32 @@ class Scan:
 
     def strings(self, n: int) -> list[str]:
         """So many strings, each after its length. One loop, since vocabularies have many."""
-        found, size, read = list[str](), self.size, self.file.read
+        found, begin, read = list[str](), self.at, self.file.read
+        end = min(self.size, begin + self.text)
+        if 8 * n > end - begin:
+            self.beyond(8 * n)
         try:
             for _ in range(n):
                 length = int.from_bytes(read(8), "little")
                 self.at += 8
-                found.append((read(length) if length <= size - self.at else self.beyond(length)).decode())
+                found.append((read(length) if length <= end - self.at else self.beyond(length)).decode())
                 self.at += length
         except UnicodeDecodeError as error:
             raise LlamaError(self.path, "string", f"other bytes at byte {self.at}", "UTF-8") from error
+        self.text -= self.at - begin
         return found
 
     def value(self, name: str) -> Any:
+        """A number, a string, a list of strings, or a view of numbers, which take as much memory as in the file."""
         (kind,), n = self.numbers("I"), 1
         if array := kind == ARRAY:
             kind, n = *self.numbers("I"), *self.numbers("Q")
         check(name, f"type {kind}", kind in CODES, "a number, a string or an array of these", self.path)
         fits = n * struct.calcsize(f"<{CODES[kind]}") <= self.size - self.at
         check(name, counted(n, "value"), fits, "no more than fit into the file", self.path)
-        values: list[Any] = self.strings(n) if kind == STRING else [*self.numbers(CODES[kind], n)]
+        if array and kind != STRING:
+            return memoryview(self.take(n * struct.calcsize(f"<{CODES[kind]}"))).cast(CODES[kind])
+        values: Any = self.strings(n) if kind == STRING else self.numbers(CODES[kind])
         if array:
             return values
         return shortest(values[0]) if kind == FLOAT32 else values[0]
@@ -108,8 +123,8 @@ def scan_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, Sto
     must("magic", magic := scan.take(4), magic == b"GGUF", b"GGUF")
     must("version", version := scan.numbers("I")[0], version in (2, 3), "2 or 3, little-endian")
     n_tensors, n_fields = scan.numbers("Q", 2)
-    fits = 32 * n_tensors + 13 * n_fields <= scan.size
-    must("counts", (n_tensors, n_fields), fits, "no more than fit into the file")
+    fits = 32 * n_tensors + 13 * n_fields <= scan.size and max(n_tensors, n_fields) <= COUNT
+    must("counts", (n_tensors, n_fields), fits, f"no more than fit into the file, and {COUNT}")
     fields, found = dict[str, Any](), dict[str, tuple[tuple[int, ...], int, int]]()
     for _ in range(n_fields):
         (name,) = scan.strings(1)
@@ -125,7 +140,8 @@ def scan_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, Sto
     must("general.alignment", alignment, fits, "a multiple of 8, at most 65536")
     data, tensors = -(-scan.at // alignment) * alignment, dict[str, Stored]()
     for name, (shape, number, offset) in found.items():
-        must(name, f"unsupported type {number}", number in KINDS, ", ".join(kind.name for kind in KINDS.values()))
+        known = f"{number}, {UNREAD[number]}" if number in UNREAD else number
+        must(name, f"unsupported type {known}", number in KINDS, ", ".join(kind.name for kind in KINDS.values()))
         kind, begin = KINDS[number], data + offset
         must(name, f"offset {offset}", offset % alignment == 0, f"a multiple of {alignment}")
         must(name, f"rows of {shape[-1]}", shape[-1] % kind.block == 0, f"a multiple of {kind.block}, as {kind.name}")

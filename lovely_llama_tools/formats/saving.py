@@ -1,6 +1,6 @@
 """The steps of saving: what is left out of a model, what goes beside it, and how it will look in its place."""
 
-import os
+import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,15 +75,9 @@ def reads_same(model: Model, folder: Path) -> bool:
     return False
 
 
-@contextmanager
-def in_place(model: Model, part: Path, folder: Path) -> Generator[None]:
-    """What has been made, beside links to the tokenizer's files in its folder if the model has a tokenizer."""
-    names = TOKENIZER_FILES if model.tokenizer else ()
-    links = [part / name for name in names if (folder / name).exists() and not (part / name).exists()]
-    for link in links:
-        link.symlink_to(os.path.abspath(folder / link.name))
-    try:
-        yield
-    finally:
-        for link in links:
-            link.unlink()
+def copy_tokenizer(part: Path, folder: Path) -> None:
+    """Copy a tokenizer's files that are in the folder, so that what has been made reads as it will there."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists() and not (part / name).exists():
+            copy = shutil.copytree if (folder / name).is_dir() else shutil.copy
+            copy(folder / name, part / name)

@@ -1,8 +1,8 @@
 """Tokenizers: text to ids and back.
 
 `base` defines `Tokenizer`; `pieces`, `ranks`, `characters` and `pipelines` are the kinds; `folders` and `gguf_fields`
-find them in files, `parts` tokenizes long texts, `converting` writes them for other programs, `training` learns new ones. `templates` are those of
-chats, which `rendering` renders in another process.
+find them in files, `parts` tokenizes long texts, `converting` writes tokenizers for other programs, `training` learns
+new ones. `templates` are those of chats, which `rendering` renders in another process.
 """
 
 from .base import Tokenizer as Tokenizer

@@ -47,13 +47,14 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
     def array(name: str, kind: type, n: int | None) -> list[Any]:
         values = field(name)
         expected = f"{n or 'any number'} of type {kind.__name__}"
-        must(name, f"a value of type {type(values).__name__}", type(values) is list, expected)
-        right = all(type(value) is kind for value in values) and n in (None, len(values))
-        must(name, counted(len(values), "value"), right, expected)
+        must(name, f"a value of type {type(values).__name__}", type(values) in (list, memoryview), expected)
+        must(name, counted(len(values), "value"), n in (None, len(values)), expected)
+        values = values.tolist() if isinstance(values, memoryview) else values
+        must(name, counted(len(values), "value"), all(type(value) is kind for value in values), expected)
         return values
 
     model = field("model")
-    must("model", model, model in ("gpt2", "llama"), "gpt2 or llama")
+    must("model", f"{model!s:.99}", model in ("gpt2", "llama"), "gpt2 or llama")
     names, kinds = array("tokens", str, vocab), array("token_type", int, vocab)
     must("token_type", {*kinds}, {*kinds} <= {*range(NORMAL, BYTE + 1)}, "1 to 6")
     name, times = Counter(names).most_common(1)[0]
@@ -97,7 +98,7 @@ def gpt2_vocabulary(
     names: list[str], kinds: list[int], merges: list[str], pre: object, must: "partial[None] | Any", path: Path
 ) -> Tokenizer:  # fmt: skip
     """A byte-level vocabulary, split as its key `pre` says. Tokens that are not normal are special."""
-    must("pre", pre, pre in PRE, f"one of {', '.join(PRE)}")
+    must("pre", f"{pre!s:.99}", type(pre) is str and pre in PRE, f"one of {', '.join(PRE)}")
     pairs, ids, byte_of = [tuple(merge.split(" ")) for merge in merges], {*names}, byte_letters()
     wrong = [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= ids]
     must("merges", wrong[:1], not wrong, "pairs of tokens that make a token")

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 from builders import write_talker
-from faults import Accepted, Act, Case, Unlike, Variant, World, guarded, refused, unchecked
+from faults import Accepted, Act, Case, TooLong, Unlike, Variant, World, guarded, refused, unchecked
 from sentencepiece import SentencePieceProcessor
 
 from lovely_llama_tools.formats.files import load
@@ -163,6 +163,9 @@ FIRST = 4  # where the first piece begins: its score, its length
 
 # ---- E5: what makes libraries panic ----------------------------------------------------------------------------------
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+RENDERING = "lovely_llama_tools.tokens.rendering"
+HERE = {".tokens.templates:render": f"lambda *a: __import__('{RENDERING}', fromlist='x').compiled(a[0]).render(a[1])"}
 CATASTROPHE = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
 
 
@@ -209,6 +212,10 @@ def quiet(act: Act) -> Act:
 
 def word_piece(found: dict[str, Any]) -> None:
     found["model"]["type"] = "WordPiece"
+
+
+def endless(world: World) -> None:
+    chat_prompt(world.model.tokenizer._replace(template=ENDLESS), [{"role": "user", "content": "a"}])
 
 
 def catastrophe(world: World) -> None:
@@ -420,8 +427,9 @@ CASES: dict[str, Case] = {
             "the same, stderr closed": refused(without_stderr, "text", "fails to split", BARE, BaseException),
             "stderr": refused(
                 quiet(catastrophe), "text", "fails to split",
-                {f"{PLACE}.base:silenced": "__import__('contextlib').nullcontext"}, Unlike,
+                {f"{PLACE}.base:apart": "lambda work: work()"}, Unlike,
             ),
+            "a template without an end": refused(endless, "chat_template", "2 s", HERE, TooLong),
             "no decoder": bad("decoder", "none", json=described(lambda found: found.pop("decoder"))),
             "dropout": bad("model.dropout", "0.5", json=described(lambda found: found["model"].update(dropout=0.5))),
             "another model": bad("model.type", "WordPiece", json=described(word_piece), end=Unlike),

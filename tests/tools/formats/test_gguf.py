@@ -2,6 +2,9 @@
 
 import logging
 import math
+import os
+import struct
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from builders import (
     random_params,
     tiny_arrays,
     tiny_fields,
+    tiny_file,
     tokenizer_of,
     write_gguf,
 )  # fmt: skip
@@ -69,6 +73,49 @@ def test_a_gguf_is_read_as_it_was_written(tmp_path: Path, tied: bool) -> None:
     for name, array in arrays.items():
         np.testing.assert_array_equal(np.asarray(found[name]).ravel(), array.ravel(), name)
     assert tokenizer_of(model).decode(tokenizer_of(model).encode("the théâtre\n", False)) == "the théâtre\n"
+
+
+def with_array(path: Path, kind: int, count: int, size: int) -> Path:
+    """A small GGUF with an array of so many zeros of a type, which take so many bytes, and none on the disk."""
+    data = tiny_file()._replace(fields=(*tiny_file().fields, ("x", struct.pack("<IIQ", 9, kind, count)))).pack()
+    end = data.index(struct.pack("<IIQ", 9, kind, count)) + 16
+    assert size % 32 == 0  # so that the tensors stay aligned
+    with path.open("wb") as file:
+        file.write(data[:end])
+        file.seek(size, os.SEEK_CUR)
+        file.write(data[end:])
+    return path
+
+
+@pytest.mark.parametrize(("kind", "width"), [(0, 1), (3, 2), (4, 4), (6, 4), (7, 1), (10, 8), (12, 8)])
+def test_an_array_of_numbers_takes_the_memory_that_it_takes_in_the_file(tmp_path: Path, kind: int, width: int) -> None:
+    path = with_array(tmp_path / "a.gguf", kind, 2**25 // width, 2**25)
+    tracemalloc.start()
+    with checkpoint(path) as found:
+        assert len(found.fields["x"][0]) == 2**25 // width
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * 2**25
+
+
+@pytest.mark.parametrize("count", [2**23, 2**62])
+def test_more_text_than_a_header_has_is_refused(tmp_path: Path, count: int) -> None:
+    path = with_array(tmp_path / "a.gguf", 8, count, 2**26)
+    tracemalloc.start()
+    with pytest.raises(LlamaError) as caught:
+        load(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.field == ("strings" if count == 2**23 else "x")
+    assert peak < 2**26
+
+
+@pytest.mark.parametrize(("kind", "name"), [(11, "11, Q3_K"), (16, "16, IQ2_XXS"), (39, "39, MXFP4"), (4, "4")])
+def test_a_type_that_is_not_read_has_a_name(tmp_path: Path, kind: int, name: str) -> None:
+    file = tiny_file()
+    (tmp_path / "a.gguf").write_bytes(file._replace(tensors=(file.tensors[0]._replace(kind=kind),)).pack())
+    with pytest.raises(LlamaError, match=rf"got unsupported type {name}, expected F32, F16, .*Q4_K"):
+        load(tmp_path / "a.gguf")
 
 
 # Rows of 256, the largest block there is, but for those of `o`.

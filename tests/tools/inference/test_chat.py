@@ -85,6 +85,31 @@ def test_errors_of_a_template_are_of_this_library(model: Model, template: str) -
 
 
 @pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{{ 'x' * 10**9 }}", "takes more than"),
+        ("{{ '%1000000000d' % 1 }}", "takes more than"),
+        ("{{ 'x'.ljust(10**9) }}", "takes more than"),
+        ("{{ '{:>1000000000}'.format(1) }}", "takes more than"),
+        ("{{ 'x' | center(10**9) }}", "takes more than"),
+        ("{{ ([0] * 10**9) | length }}", "takes more than"),
+        ("{{ (['xxxxxxxxxx'] * 10**6) | join('y' * 10**6) }}", "takes more than"),
+        ("{{ 7 ** (7 ** 12) }}", "takes more than"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}", "takes more"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "more than .* characters"),
+    ],
+)
+def test_a_template_takes_bounded_time_and_memory(model: Model, template: str, what: str) -> None:
+    """And the next one renders."""
+    tokenizer = tokenizer_of(model)._replace(template=template)
+    with pytest.raises(LlamaError, match=f"chat_template: got .*{what}.*, expected one that renders"):
+        chat_prompt(tokenizer, MESSAGES)
+    assert chat_prompt(tokenizer._replace(template="fine"), MESSAGES) == tokenizer.encode("fine", False)
+
+
+@pytest.mark.parametrize(
     "wrong", [{"role": "user", "content": None}, {"role": "user", "content": 5}, {"role": "user", "content": "\ud800"}]
 )
 def test_messages_are_texts(model: Model, wrong: Any) -> None:
