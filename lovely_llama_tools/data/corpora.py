@@ -134,10 +134,10 @@ def read_records(path: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]
         check("line", f"more than {LARGEST} bytes", len(line) <= LARGEST, "shorter records", where)
         if not line.strip():
             continue
-        record = read_value(line.rstrip(), where, lines=True)
-        if isinstance(record, list):
-            record = {"messages": record}
-        check("JSON", f"a value of type {type(record).__name__}", isinstance(record, dict), "an object", where)
+        value = read_value(line.rstrip(), where, lines=True)
+        right = isinstance(value, dict | list)
+        check("JSON", f"a value of type {type(value).__name__}", right, "an object or a list", where)
+        record: dict[str, Any] = {"messages": value} if isinstance(value, list) else value
         if isinstance(text := record.get("text"), str) and "messages" not in record:
             yield where, text
         else:
