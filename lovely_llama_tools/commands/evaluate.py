@@ -57,7 +57,8 @@ def evaluate(args: argparse.Namespace) -> None:
         print(to_json(nulled(report), ensure_ascii=False, indent=2))
         return
     for name, value in report.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else "unknown" if value is None else f"{value:,}"
+        shown = f"{value:.6g}" if isinstance(value, float) else "unknown" if value is None else value
+        shown = f"{shown:,}" if isinstance(shown, int) else shown  # lm-eval has N/A among its numbers
         print(f"{name.replace('_', ' '):<20}{shown}")
 
 

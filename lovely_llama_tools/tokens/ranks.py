@@ -8,7 +8,7 @@ from typing import Any
 from lovely_llama import LlamaError, check
 
 from ..extras import counted, extra
-from .base import Tokenizer, with_ends
+from .base import Tokenizer, contained, with_ends
 from .pipelines import byte_letters, byte_level, pipeline_tokenizer
 
 # Llama 3.1's special tokens, which follow the ranks; the others of its 256 are reserved. github.com/meta-llama/
@@ -66,7 +66,9 @@ def describe_ranks(
 def gpt2_tokenizer() -> Tokenizer:
     """GPT-2's vocabulary by tiktoken, which keeps it in a cache, or fetches it."""
     file = "tiktoken's gpt2"
-    encoding = extra("tiktoken", "tiktoken").get_encoding("gpt2")
+    library = extra("tiktoken", "tiktoken")
+    with contained(file, "vocabulary", "none in its cache, and no connection", "one"):
+        encoding = library.get_encoding("gpt2")
     described = describe_ranks(encoding._mergeable_ranks, "gpt-2", dict(encoding._special_tokens), file)
     tokenizer = pipeline_tokenizer(described, file)
     end = tokenizer.specials.get("<|endoftext|>")

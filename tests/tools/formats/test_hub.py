@@ -42,7 +42,7 @@ class Answer(BaseHTTPRequestHandler):
 
     server: Any
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -195,7 +195,8 @@ REFUSALS = {
 
 @pytest.mark.parametrize("what", REFUSALS)
 def test_a_model_that_cannot_be_had_is_one_line(what: str, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    *hub.answer, says = REFUSALS[what]
+    status, code, says = REFUSALS[what]
+    hub.answer = (status, code)
     assert refusal(capsys).startswith(f"error: {NAME}: hub: got {says}")
 
 
