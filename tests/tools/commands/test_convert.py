@@ -115,16 +115,100 @@ def test_transformers_reads_the_end_as_the_beginning(tmp_path: Path, capsys: pyt
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, target = write_talker(tmp_path / "a.gguf"), tmp_path / "b"
-    target.mkdir()
-    (target / "mine").write_text("mine")
-    assert main(["convert", str(source), str(target)]) == 2
-    assert "path: got a path that exists, expected a new one, or --force" in capsys.readouterr().err
-    assert [path.name for path in target.iterdir()] == ["mine"]
+    source, target, mine = write_talker(tmp_path / "a.gguf"), tmp_path / "b", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "mine").write_text("mine")
+    assert main(["convert", str(source), str(target)]) == 0
+    for path, force, says in (
+        (target, [], "path: got a path that exists, expected a new one, or --force"),
+        (mine, [], "path: got a path that exists, expected a new one, or --force"),
+        (mine, ["--force"], "path: got a folder with mine, expected one with a checkpoint alone, to be replaced"),
+    ):
+        capsys.readouterr()
+        assert main(["convert", str(source), str(path), *force]) == 2
+        assert capsys.readouterr().err == f"error: {path}: {says}\n"
+    assert [path.name for path in mine.iterdir()] == ["mine"]
+    (target / "README.md").write_text("old")
     assert main(["convert", str(source), str(target), "--force"]) == 0
     assert capsys.readouterr().out.startswith(f"{target}: ")
-    assert load(target).config.dim == TINY.dim and not (target / "mine").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b"]
+    assert load(target).config.dim == TINY.dim and not (target / "README.md").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [("m", "which is read"), ("link/m", "which is read"), ("m/sub/..", "which is read"), (".", "path: got "),
+     ("..", "path: got "), ("m/sub", "a folder within"), ("m/orbax", "a folder within"), ("x", "x/m in it")],
+)  # fmt: skip
+def test_the_source_is_not_written_over(
+    target: str, says: str, drawn: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Nor a folder that it is in, nor does a folder go into it; by whatever name. A file in it is as any other."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    for source in ("m", "x/m"):
+        save(drawn, tmp_path / source)
+    (tmp_path / "m" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = "x/m" if target == "x" else "m"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["convert", source, target, "--force"]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.startswith("error: ") and err.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["convert", "m", "m/model.gguf"]) == main(["inspect", "m"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [("m.xyz", None), ("m.safetensors", None), ("m.q8_0", None), ("m.H5", None), ("M.GGUF", "GGUF"),
+     ("m.Bin", "llama2.c 0"), ("SmolLM2-1.7B", "Hugging Face"), ("run.v2", "Hugging Face"), (".m", "Hugging Face"),
+     ("Llama-3.1-8B-Instruct", "Hugging Face")],
+)  # fmt: skip
+def test_a_suffix_names_a_format_or_none(
+    name: str, to: str | None, drawn: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that looks like a file's, but is unknown, is refused unless --to tells the format. A version is none."""
+    save(drawn, tmp_path / "m")
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / name)]) == (2 if to is None else 0)
+    if to is None:
+        says = "expected .gguf, .bin, none for a folder, or --to with one of gguf, hf, llama2c-v0, "
+        start = f"error: {tmp_path / name}: path: got the suffix {Path(name).suffix}, {says}"
+        assert capsys.readouterr().err.startswith(start)
+        assert main(["convert", str(tmp_path / "m"), str(tmp_path / name), "--to", "hf"]) == 0
+    with checkpoint(tmp_path / name) as found:
+        assert found.format == (to or "Hugging Face")
+
+
+def test_fields_are_dropped_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By several options or a list; what is dropped is not told."""
+    source = write_talker(tmp_path / "a.gguf")
+    assert main(["convert", str(source), str(tmp_path / "b.bin")]) == 0
+    assert capsys.readouterr().err == f"note: {tmp_path / 'b.bin'}: no place in this format for template\n"
+    options = ["--drop", "template,stops", "--drop", "sampling"]
+    assert main(["convert", str(source), str(tmp_path / "c" / "c.bin"), *options]) == 0
+    assert not capsys.readouterr().err
+    assert main(["convert", str(source), str(tmp_path / "d"), "--drop", "warmth"]) == 2
+    assert "drop: got warmth, expected tokenizer, ids, stops, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype", "says", "bound"),
+    [("hf", "float32", "transformers: error of the logits", 1e-5),
+     ("hf", "bfloat16", "transformers: error of the logits", 0.1),
+     ("gguf", "float32", "gguf: error of the parameters", 0),
+     ("gguf", "q8_0", "gguf: error of the parameters", 0.01)],
+)  # fmt: skip
+def test_another_program_verifies(
+    to: str, dtype: str, says: str, bound: float, drawn: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(drawn, tmp_path / "m")
+    words = ["convert", str(tmp_path / "m"), str(tmp_path / "to"), "--to", to, "--dtype", dtype, "--verify"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    line, _, error = out.splitlines()[-1].rpartition(" ")
+    assert line == says and not err
+    assert float(error) <= bound and (dtype == "float32" or float(error) > bound / 100)
 
 
 @pytest.mark.parametrize("to", WRITERS)
