@@ -1,14 +1,16 @@
 """Files: detection of the format, the default model, and models that do not fit into memory."""
 
 import importlib.util
+import os
 import pickle
 from pathlib import Path
 
 import pytest
-from builders import LLAMA2_C, write_sentencepiece, write_talker
+from builders import LLAMA2_C, SMALL, write_sentencepiece, write_talker
+from meta_files import meta_weights, write_meta
 
 from lovely_llama import CONFIGS, LlamaError, count
-from lovely_llama_tools.formats.files import default_model, load
+from lovely_llama_tools.formats.files import default_model, load, save
 from lovely_llama_tools.formats.model import check_memory
 from lovely_llama_tools.inference.generate import generate
 
@@ -55,6 +57,33 @@ def test_other_contents_are_called_what_they_are(what: str, tmp_path: Path) -> N
 def test_other_paths_are_called_what_they_are(path: str, says: str) -> None:
     with pytest.raises(LlamaError, match=f": path: got {says}"):
         load(path)
+
+
+def damaged(folder: Path, kind: str) -> Path:
+    """A checkpoint whose last file is cut short."""
+    if kind == "gguf":
+        path = last = write_talker(folder / "a.gguf")
+    elif kind == "llama2c":
+        path = last = folder / "a.bin"
+        last.write_bytes((LLAMA2_C / "tied.v0.bin").read_bytes())
+    elif kind == "hf":
+        save(load(write_talker(folder / "a.gguf")), path := folder / "model")
+        last = path / "model.safetensors"
+    else:
+        path = write_meta(folder / "model", meta_weights(SMALL), 2, vocab_size=SMALL.vocab)
+        last = path / "consolidated.01.pth"
+    last.write_bytes(last.read_bytes()[:-9])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["gguf", "llama2c", "hf", "meta"])
+def test_a_failed_load_leaves_no_file_open(tmp_path: Path, kind: str) -> None:
+    path, opened = damaged(tmp_path, kind), list[int]()
+    for _ in range(200):
+        with pytest.raises(LlamaError):
+            load(path)
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[-1] <= opened[0]
 
 
 def test_a_model_goes_to_another_process(tmp_path: Path) -> None:
