@@ -105,22 +105,36 @@ def keep_programs(folder: Path) -> None:
                 part.write_bytes(hashlib.sha256(value).digest() + value)
                 part.replace(path)
             except OSError as error:
-                part.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    part.unlink()
                 warn(error)
 
+    room, found = PROGRAMS, list[tuple[float, int, Path]]()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        room = PROGRAMS
-        for path in sorted(folder.glob("*-cache"), key=lambda path: -path.stat().st_mtime):
-            room -= path.stat().st_size
-            if room < 0:
-                path.unlink()
+        for path in folder.glob("*-cache"):
+            with contextlib.suppress(OSError):  # another process has deleted it
+                state = path.lstat()
+                found.append((state.st_mtime, state.st_size, path))
     except OSError as error:
         warn(error)
         return
+    for _, size, path in sorted(found, reverse=True):
+        room -= size
+        if room < 0:
+            with contextlib.suppress(OSError):  # likewise, or it is a folder
+                path.unlink()
     caching.get_file_cache = lambda path: (CheckedCache(path, max_size=-1), path)  # pyright: ignore
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def home() -> Path | None:
+    """Where caches are, unless the user has no home."""
+    try:
+        return Path.home() / ".cache" if os.environ.get("HOME") != "" and Path.home().is_dir() else None
+    except (RuntimeError, OSError):  # HOME is not set, and the user is in no list; or may not look there
+        return None
 
 
 def run() -> int:
@@ -137,7 +151,10 @@ def run() -> int:
         return 2
     for stream in filter(None, cast(Any, (sys.stdout, sys.stderr))):  # None: closed
         stream.reconfigure(errors="backslashreplace")
-    keep_programs(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lovely-llama")
+    if caches := os.environ.get("XDG_CACHE_HOME") or home():
+        keep_programs(Path(caches) / "lovely-llama")
+    else:
+        print("warning: no cache is kept: HOME is not set, or is no folder", file=sys.stderr)
     status = main()
     leave(status)
     return status

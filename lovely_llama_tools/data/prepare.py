@@ -27,7 +27,7 @@ from .batches import Documents, Split, Windows
 from .batches import ahead as ahead
 from .corpora import DESCRIPTION, IDS, TOKENS, corpus_files, is_records, read_texts
 from .encoding import encode_file
-from .token_files import Tokens, Writer, id_dtype, open_part
+from .token_files import Tokens, Writer, id_dtype, open_tokens
 
 STARTS, ANSWERS = "documents.bin", "answers.bin"  # where documents start; 1 for tokens of answers, else 0
 
@@ -214,7 +214,7 @@ def open_corpus(
     if vocab is None:
         raise LlamaError(where, "vocab", "nothing", "the number of tokens, or the tokenizer of the token files")
     tokenizer = tokenizer and fit(tokenizer, vocab, where)
-    tokens = Tokens([open_part(file, said.dtype if said else id_dtype(vocab)) for file in files], vocab)
+    tokens = open_tokens(files, said.dtype if said else id_dtype(vocab), vocab)
     digests = {files[0]: tokens.digest()}
     if rows.pack or (said and said.conversations):
         if said:
@@ -223,7 +223,7 @@ def open_corpus(
             starts = np.fromfile(files[0].with_name(STARTS), "<u8").astype(np.int64)
         else:
             starts = find_documents(tokens, tokenizer, where)
-        answers = Tokens([open_part(files[0].with_name(ANSWERS), "uint8")], 2) if said and said.conversations else None
+        answers = open_tokens([files[0].with_name(ANSWERS)], "uint8", 2) if said and said.conversations else None
         train, validation = split_documents(tokens, starts, answers, where, rows)
     else:
         train, validation = split_tokens(tokens, where, rows)

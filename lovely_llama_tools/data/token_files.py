@@ -5,7 +5,7 @@ import os
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -130,6 +130,17 @@ def state_of(number: int) -> tuple[int, int, int]:
     """The size of an open file, and the times of the last change of its contents and of its metadata."""
     stat = os.fstat(number)
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def open_tokens(paths: Sequence[Path], dtype: str, vocab: int) -> Tokens:
+    """The ids of these files. Where one is refused, none stays open."""
+    parts = list[Part]()
+    with ExitStack() as opened:
+        for path in paths:
+            parts.append(open_part(path, dtype))
+            opened.callback(os.close, parts[-1].number)
+        opened.pop_all()
+    return Tokens(parts, vocab)
 
 
 def open_part(path: Path, dtype: str) -> Part:

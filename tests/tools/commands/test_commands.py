@@ -237,6 +237,41 @@ def test_one_line_tells_that_programs_cannot_be_kept(
     assert done.status == 0 and re.fullmatch(SPEEDS, statistics)
 
 
+START = "import pathlib, pwd, sys; import lovely_llama_tools.__main__ as program; "
+
+
+@pytest.mark.parametrize("home", [None, "", "nowhere", "file", "full"])
+def test_who_has_no_home_is_told_that_nothing_is_cached(tmp_path: Path, home: str | None) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/.cache").touch()
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    environment |= {} if home is None else {"HOME": str(tmp_path / home) if home else ""}
+    command = [sys.executable, "-c", f"{START}pwd.getpwuid = {{}}.pop; sys.exit(program.run())", "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    said = "no cache is kept: HOME is not set, or is no folder" if home != "full" else ".*not kept: Not a directory"
+    assert done.returncode == 0 and re.fullmatch(f"warning: {said}\n", done.stderr)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_foreign_entries_of_the_cache_are_passed_over(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links to nothing, folders, and what another process deletes meanwhile: programs are kept all the same."""
+    folder = tmp_path / "lovely-llama"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (folder / "a-cache").symlink_to("nowhere")
+    (folder / "b-cache").symlink_to(folder / "b-cache")
+    (folder / "c-cache/within").mkdir(parents=True)
+    deleted = "every = pathlib.Path.glob; pathlib.Path.glob = lambda p, *a: [*every(p, *a), p / 'gone-cache']; "
+    command = [sys.executable, "-c", f"{START}{deleted}sys.exit(program.run())", "generate", "the"]
+    command += ["--model", str(short), "--max-new", "1"]
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.fullmatch(SPEEDS + "\n", done.stderr)
+    assert len([path for path in folder.glob("*-cache") if path.is_file()]) > 5
+
+
 class Said(NamedTuple):
     conversations: list[list[dict[str, str]]]
     options: list[dict[str, Any]]

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -159,6 +160,18 @@ def test_a_separator_divides_documents(tmp_path: Path, monkeypatch: pytest.Monke
         starts = np.fromfile(folder / "documents.bin", "<u8").tolist()
         assert [ids.tolist() for ids in np.split(np.fromfile(folder / "tokens.bin", "<u2"), starts)][1:] == want
         assert sum(len(row) for row in all_rows(found.train)) == sum(len(ids) - 1 for ids in want)
+
+
+@pytest.mark.parametrize("last", [b"odd", np.full(99, 9, "<u2").tobytes()])
+def test_a_failed_start_leaves_no_file_open(tmp_path: Path, last: bytes) -> None:
+    (tmp_path / "a.bin").write_bytes(np.arange(99, dtype="<u2").tobytes())
+    (tmp_path / "b.bin").write_bytes(last)
+    opened = list[int]()
+    for _ in range(50):
+        with pytest.raises(LlamaError):
+            prepare([str(tmp_path / "a.bin"), str(tmp_path / "b.bin")], tmp_path / "data", vocab=99, seq=999)
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[-1] <= opened[0]
 
 
 def test_without_paths_it_is_the_standard_library(tmp_path: Path) -> None:

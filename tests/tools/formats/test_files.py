@@ -2,14 +2,16 @@
 
 import importlib.util
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
-from builders import LLAMA2_C, write_sentencepiece, write_talker
+from builders import LLAMA2_C, SMALL, write_sentencepiece, write_talker
+from meta_files import meta_weights, write_meta
 
 from lovely_llama import CONFIGS, LlamaError, count
-from lovely_llama_tools.formats.files import default_model, load
+from lovely_llama_tools.formats.files import default_model, load, save
 from lovely_llama_tools.formats.model import check_memory
 from lovely_llama_tools.inference.generate import generate
 
@@ -67,6 +69,33 @@ def test_an_adapter_is_called_one_and_its_base_named(name: str | None, tmp_path:
         with pytest.raises(LlamaError, match=f": path: got peft's adapter of {name!r}, expected what merge_and_unload"):
             load(tmp_path)
         (tmp_path / "config.json").write_text("{}")
+
+
+def damaged(folder: Path, kind: str) -> Path:
+    """A checkpoint whose last file is cut short."""
+    if kind == "gguf":
+        path = last = write_talker(folder / "a.gguf")
+    elif kind == "llama2c":
+        path = last = folder / "a.bin"
+        last.write_bytes((LLAMA2_C / "tied.v0.bin").read_bytes())
+    elif kind == "hf":
+        save(load(write_talker(folder / "a.gguf")), path := folder / "model")
+        last = path / "model.safetensors"
+    else:
+        path = write_meta(folder / "model", meta_weights(SMALL), 2, vocab_size=SMALL.vocab)
+        last = path / "consolidated.01.pth"
+    last.write_bytes(last.read_bytes()[:-9])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["gguf", "llama2c", "hf", "meta"])
+def test_a_failed_load_leaves_no_file_open(tmp_path: Path, kind: str) -> None:
+    path, opened = damaged(tmp_path, kind), list[int]()
+    for _ in range(200):
+        with pytest.raises(LlamaError):
+            load(path)
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[-1] <= opened[0]
 
 
 def test_a_model_goes_to_another_process(tmp_path: Path) -> None:
