@@ -37,8 +37,8 @@ def configured(**fields: Any) -> Change:
     return change
 
 
-def recommending(model: Model) -> Model:
-    return model._replace(tokenizer=tokenizer_of(model)._replace(sampling=Sampling(top_k=5)))
+def tokenized(**fields: Any) -> Change:
+    return lambda model: model._replace(tokenizer=tokenizer_of(model)._replace(**fields))
 
 
 def kept(field: str) -> Callable[[Model], object]:
@@ -56,7 +56,12 @@ FEATURES: dict[str, tuple[Change, Callable[[Model], object]]] = {
     "untied": (configured(tied=False), kept("tied")),
     "tokenizer": (lambda model: model, lambda model: model.tokenizer and model.tokenizer.encode("the théâtre", False)),
     "template": (lambda model: model, lambda model: model.tokenizer and model.tokenizer.template),
-    "sampling": (recommending, lambda model: model.sampling),
+    "stops": (tokenized(stops=frozenset({0, 2, 7})), lambda model: model.tokenizer and model.tokenizer.stops),
+    "padding": (
+        tokenized(settings={"pad_token": "<|endoftext|>"}),
+        lambda model: model.tokenizer and model.tokenizer.pad,
+    ),
+    "sampling": (tokenized(sampling=Sampling(top_k=5)), lambda model: model.sampling),
 }
 
 

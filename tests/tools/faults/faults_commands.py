@@ -289,6 +289,25 @@ def complains(*arguments: object, field: str = COMMAND) -> Variant:
     return told(field, *arguments, removed=USAGE, end=SystemExit)
 
 
+def converted(target: str, *options: str, beside: str = "") -> Callable[[World], Done]:
+    """Convert the tiny model to a path, where a folder `model` is a checkpoint already, perhaps beside another file."""
+
+    def act(world: World) -> Done:
+        folder = world.folder / "model"
+        assert folder.exists() or world.main("convert", world.talker, folder).status == 0
+        if beside:
+            (folder / beside).write_text("mine")
+        world.patch.chdir(world.folder)
+        return world.main("convert", world.talker, target, *options)
+
+    return act
+
+
+def taken(target: str, *options: str, says: str, end: type[BaseException] = Accepted, beside: str = "") -> Variant:
+    """A place that is not replaced, or cannot be meant."""
+    return ends(converted(target, *options, beside=beside), 2, "path", says, end=end)
+
+
 def numbers_of_all_kinds(world: World) -> None:
     options = ["--min-p", ".5", "--top-k", "5", "--seed", "1", "--top-p", "1e-1", "--max-new", "2"]
     assert world.run("generate", *options).status == 0
@@ -380,6 +399,12 @@ CASES: dict[str, Case] = {
             "an empty stop": told("stop", "generate", "abc", "--stop", ""),
             "a system message outside a chat": complains("generate", "abc", "--system", "be kind", field=PROGRAM),
             "a newline in an option": complains("generate", "abc", "--a\nb", field=PROGRAM),
+            "a model's folder to write to": taken("model", says="a new one, or --force"),
+            "one with other files": taken("model", "--force", says="a folder with notes.txt", beside="notes.txt"),
+            "the current folder": taken(".", "--force", says="the current folder", end=Unlike),
+            "the one above it": taken("..", "--force", says="the name of a new|another place", end=Unlike),
+            "an unknown suffix": taken("model.xyz", says="the suffix .xyz, expected .gguf"),
+            "an unknown field to drop": ends(converted("new", "--drop", "warmth"), 2, "drop", "expected tokenizer"),
             **flags("min-p", float, *WORDS), **flags("repetition-penalty", float, *WORDS),
             **flags("repetition-penalty", float, "nan", end=Unlike),
         },

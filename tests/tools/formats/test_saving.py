@@ -193,7 +193,7 @@ def said(**fields: Any) -> Callable[[Model], Model]:
 
 
 def off_by_one_bit(model: Model) -> Model:
-    return model._replace(params=model.params._replace(norm=model.params.norm.at[3].mul(1 + 2**-20)))
+    return model._replace(params=model.params._replace(norm=model.params.norm.at[3].add(2**-20)))
 
 
 def with_settings(**settings: Any) -> Callable[[Model], Model]:
