@@ -56,9 +56,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report, ensure_ascii=False, indent=2))
         return
+    width = max(20, *(len(name) + 2 for name in report))
     for name, value in report.items():
         shown = f"{value:.6g}" if isinstance(value, float) else "unknown" if value is None else f"{value:,}"
-        print(f"{name.replace('_', ' '):<20}{shown}")
+        print(f"{name.replace('_', ' '):<{width}}{shown}")
 
 
 def on_tasks(args: argparse.Namespace) -> dict[str, Any]:

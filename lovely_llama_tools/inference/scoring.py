@@ -153,7 +153,7 @@ def perplexity(model: Model, text: str | Sequence[int], ctx: int | None = None, 
     nats = 0.0
     with progress("scoring", len(tokens) - 1, " tokens") as advance:
         for begin, end, first in windows(len(tokens), int(ctx), int(stride)):
-            found = scores(model, tokens[begin : end - 1], tokens[begin + 1 : end])
+            found = scores(model, tokens[begin : end - 1].tolist(), tokens[begin + 1 : end].tolist())
             nats += float(found.nats[first - begin - 1 :].astype(np.float64).sum())
             advance(end - first)
     size = None

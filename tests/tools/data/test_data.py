@@ -134,9 +134,7 @@ def test_a_text_that_nothing_divides_is_refused(tmp_path: Path, tokenizer: Any) 
     (tmp_path / "text.txt").write_text("skyisblue" * 600_000)
     given = tokenizer if isinstance(tokenizer, str) else tokenizer()
     tracemalloc.start()
-    with pytest.raises(
-        LlamaError, match=r"text: got \d+ characters (in one|without a) \w+, expected at most"
-    ):
+    with pytest.raises(LlamaError, match=r"text: got \d+ characters (in one|without a) \w+, expected at most"):
         prepare([str(tmp_path / "text.txt")], tmp_path / "data", tokenizer=given, vocab=500, seq=50)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -435,6 +433,30 @@ def test_a_message_is_text_and_a_long_conversation_is_cut(
     short = prepare(paths, tmp_path / "data", tokenizer=tokenizer, seq=20, fraction=0.0)
     assert [[target for _, target in row] for row in all_rows(short.train)] == [[*encode("Hello"), ends]]
     assert capsys.readouterr().err == "note: 2 conversations have no answer in their first 20 tokens\n"
+
+
+MERGING = (
+    "{% for m in messages %}{{ m.role ~ m.content }}{% if loop.last or loop.nextitem.role != m.role %}<|im_end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        (("user", "assistant", "assistant"), "messages: got two assistant messages in a row, expected"),
+        (("assistant", "assistant", "user", "assistant"), "messages: got two assistant messages in a row, expected"),
+        (
+            ("user", "bot"),
+            "got 2 of the roles 'user', 'bot', none of an assistant, expected .* roles are system, .*tool",
+        ),
+    ],
+)
+def test_roles_that_cannot_be_learned_from_are_named(tmp_path: Path, roles: tuple[str, ...], says: str) -> None:
+    talks = [[{"role": role, "content": "abc"} for role in roles]]
+    paths, tokenizer = write_talks(tmp_path / "talks.jsonl", talks), talking(tmp_path, MERGING)
+    with pytest.raises(LlamaError, match=says):
+        prepare(paths, tmp_path / "data", tokenizer=tokenizer, seq=200, fraction=0.0)
 
 
 def test_texts_beside_conversations_are_learned_whole(tmp_path: Path) -> None:
