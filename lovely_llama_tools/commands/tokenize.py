@@ -101,9 +101,9 @@ def show(args: argparse.Namespace) -> None:
     """Print a line for each token."""
     check_text("text", args.text)
     tokenizer = load_tokenizer(args.model or default_model())
-    begins = tokenizer.bos is not None and (tokenizer.adds_bos or not args.text)
+    bos = tokenizer.begin("")[:1] if tokenizer.adds_bos or not args.text else []
     names = {i: name for name, i in tokenizer.specials.items()}
-    for i in chain([tokenizer.bos] if begins else [], *encode_parts(tokenizer, args.text, args.special)):
+    for i in chain(bos, *encode_parts(tokenizer, args.text, args.special)):
         print(f"{i:>7}  {names.get(i) or piece_text(tokenizer.pieces[i])}")
 
 
