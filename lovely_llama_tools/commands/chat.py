@@ -170,12 +170,12 @@ def talk(args: argparse.Namespace) -> None:
     chosen = {name: getattr(args, name) for name in Sampling._fields if getattr(args, name) is not None}
     if args.command == "generate":
         given, alone = args.prompts is not None, args.batch is None and not args.json
-        check("PROMPT", "none", given or args.prompt is not None, "a text, or --prompts FILE")
         check("PROMPT", "both a text and --prompts", not given or args.prompt is None, "one of them")
         check("prompts", "none", given or alone, "a FILE, with --batch and --json")
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
-    if args.prompt is not None:
-        texts = ["" if args.prompt == "-" else args.prompt, piped()]
+    if args.prompt is not None or (args.command == "generate" and args.prompts is None):
+        texts = ["" if args.prompt in (None, "-") else args.prompt, piped()]
+        check("PROMPT", "none", args.prompt is not None or bool(texts[1]), "a text, piped input, or --prompts FILE")
         args.prompt = "\n".join(filter(None, texts))
     lines = read_prompts(args.prompts) if args.command == "generate" and args.prompts is not None else None
     mesh, path = chosen_mesh(args.mesh), args.model or default_model()

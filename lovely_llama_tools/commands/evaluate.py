@@ -56,10 +56,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(to_json(nulled(report), ensure_ascii=False, indent=2))
         return
+    width = max(20, *(len(name) + 2 for name in report))
     for name, value in report.items():
         shown = f"{value:.6g}" if isinstance(value, float) else "unknown" if value is None else value
         shown = f"{shown:,}" if isinstance(shown, int) else shown  # lm-eval has N/A among its numbers
-        print(f"{name.replace('_', ' '):<20}{shown}")
+        print(f"{name.replace('_', ' '):<{width}}{shown}")
 
 
 def on_tasks(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lovely_llama import LlamaError, check
 from ..data.corpora import TEXTS, corpus_files, read_texts
 from ..extras import counted
 from ..formats.files import default_model, load_tokenizer, publish
-from ..tokens import Tokenizer, check_text, tokenizer_bin, tokenizer_files
+from ..tokens import Tokenizer, check_text, encode_parts, tokenizer_bin, tokenizer_files
 from ..tokens.folders import CONFIG, SOURCES
 from ..tokens.training import train_bpe, train_characters, train_sentencepiece
 from .options import add_command, add_subcommands, whole
@@ -62,7 +63,7 @@ def add(commands: Any) -> None:
     actions = add_subcommands(command, "action")
     what = "train a tokenizer on texts, and write it into a folder"
     add_command(actions, "train", what, train, TRAIN, examples=TRAINS, extras=EXTRAS)
-    about = "Print the token ids of a text beside their pieces, with BOS and EOS where the model adds them."
+    about = "Print the token ids that `generate` sees of a text beside their pieces, with BOS where the model adds it."
     add_command(actions, "show", "print the tokens of a text", show, SHOW, about=about, examples=SHOWS, extras=EXTRAS)
 
 
@@ -101,9 +102,9 @@ def show(args: argparse.Namespace) -> None:
     """Print a line for each token."""
     check_text("text", args.text)
     tokenizer = load_tokenizer(args.model or default_model())
-    ids = [tokenizer.bos, *tokenizer.encode(args.text, args.special), tokenizer.eos]
+    bos = tokenizer.begin("")[:1] if tokenizer.adds_bos or not args.text else []
     names = {i: name for name, i in tokenizer.specials.items()}
-    for i in (i for i in ids if i is not None):
+    for i in chain(bos, *encode_parts(tokenizer, args.text, args.special)):
         print(f"{i:>7}  {names.get(i) or piece_text(tokenizer.pieces[i])}")
 
 

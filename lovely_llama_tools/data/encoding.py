@@ -1,6 +1,7 @@
 """Tokenizing texts and conversations, marking where documents start and which tokens are answers to learn."""
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from ..tokens import Tokenizer
 from ..tokens.base import ENDS
 from ..tokens.parts import continue_text, divided
 from .corpora import is_records, read_documents, read_records
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
 class Encoded(NamedTuple):
@@ -79,7 +82,9 @@ def encode_conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) ->
     ids = chat_prompt(tokenizer, messages, add_generation_prompt=False)
     answers = [0] * len(ids)
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    check("messages", f"{len(messages)}, none of an assistant", bool(said), "an answer to learn from")
+    roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages))
+    got, known = f"{len(messages)} of the roles {roles}, none of an assistant", ", ".join(ROLES)
+    check("messages", got, bool(said), f"an answer to learn from; roles are {known}")
     for message in messages:
         encode(tokenizer, message["content"])
     for i in said:
@@ -87,8 +92,11 @@ def encode_conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) ->
         whole = chat_prompt(tokenizer, messages[: i + 1], add_generation_prompt=False)
         stops = (at for at in range(len(prompt), len(whole)) if whole[at] in tokenizer.stops)
         end = next(stops, len(whole) - 1) + 1
+        row = messages[max(0, i - 1) : i + 2]
+        twice = any(one["role"] == other["role"] == "assistant" for one, other in pairwise(row))
         got = f"a prompt for message {i + 1} that the conversation does not begin with"
         same = whole[: len(prompt)] == prompt and ids[:end] == whole[:end]
+        check("messages", "two assistant messages in a row", same or not twice, "one message of both")
         check("chat_template", got, same, "the tokens that ask for an answer, and then the answer")
         answers[len(prompt) : end] = [1] * (end - len(prompt))
     return Encoded(ids, True, answers)

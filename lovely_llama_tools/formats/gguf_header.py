@@ -102,7 +102,8 @@ class Scan:
         fits = n * struct.calcsize(f"<{CODES[kind]}") <= self.size - self.at
         check(name, counted(n, "value"), fits, "no more than fit into the file", self.path)
         if array and kind != STRING:
-            return memoryview(self.take(n * struct.calcsize(f"<{CODES[kind]}"))).cast(CODES[kind])
+            view: Any = memoryview(self.take(n * struct.calcsize(f"<{CODES[kind]}")))
+            return view.cast(CODES[kind])
         values: Any = self.strings(n) if kind == STRING else self.numbers(CODES[kind])
         if array:
             return values

@@ -79,9 +79,9 @@ def checkpoint_report(found: Checkpoint) -> dict[str, Any]:
 
 def brief(value: Any) -> Any:
     """A value, or the length of a long list."""
-    if isinstance(value, list | tuple | memoryview) and len(value) > 16:  # pyright: ignore[reportUnknownArgumentType]
-        return f"{len(value):,} values"  # pyright: ignore[reportUnknownArgumentType]
-    return value.tolist() if isinstance(value, memoryview) else value
+    if type(value) in (list, tuple, memoryview) and len(value) > 16:
+        return f"{len(value):,} values"
+    return value.tolist() if type(value) is memoryview else value
 
 
 def tell(tokenizer: Tokenizer) -> dict[str, Any]:

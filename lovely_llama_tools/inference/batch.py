@@ -31,7 +31,7 @@ from ..extras import counted
 from ..fast.layers import block, embed
 from ..formats.model import Model, free_memory
 from .caches import cache_sharding, everywhere, groups, new_cache, running
-from .generate import Generation, Session, checked, program, prompt_tokens
+from .generate import Generation, Session, checked, no_others, program, prompt_tokens
 
 BATCH = 8  # default number of prompts at a time: one pass over the weights then yields eight tokens
 
@@ -215,6 +215,7 @@ class Batch:
 def generate_all(
     model: Model, prompts: Iterable[str | Sequence[int]], max_new: int | None = None,
     sampling: Sampling | None = None, seed: int = 0, stop: str | Sequence[str] = (), batch: int = BATCH,
+    **others: object,
 ) -> Iterator[Continuation]:  # fmt: skip
     """Continue many prompts, at most `batch` at a time: an iterator of their continuations, in order.
 
@@ -223,6 +224,7 @@ def generate_all(
     matrix-vector products, so logits differ from those of `generate` by rounding, about 1e-6 of their size, and tokens
     only where two candidates are closer than that. All prompts are checked before the first is read.
     """
+    no_others("generate_all", others)
     check("batch", repr(batch), is_whole(batch) and batch > 0, "a whole number from 1")
     most, sampling, seed, stop = checked(model, max_new, sampling, seed, stop)
     check_params(model.params, model.config)

@@ -3,7 +3,7 @@
 import codecs
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
@@ -258,7 +258,7 @@ class Generation(Iterator[Any]):
 
 def generate(
     model: Model, prompt: str | Sequence[int], max_new: int | None = None, sampling: Sampling | None = None,
-    seed: int = 0, stop: str | Sequence[str] = (), session: Session | None = None,
+    seed: int = 0, stop: str | Sequence[str] = (), session: Session | None = None, **others: object,
 ) -> Generation:  # fmt: skip
     """Continue a prompt: an iterator of the generated text, computed as it is consumed.
 
@@ -267,11 +267,19 @@ def generate(
     session keeps the cache for the next call, which then reads only the new part of its prompt. A model without a
     tokenizer takes and yields token ids.
     """
+    no_others("generate", others)
     settings, tokens = checked(model, max_new, sampling, seed, stop), prompt_tokens(model, prompt)
     session = session or Session(model)
     same = all(a is b for a, b in zip(session.model, model, strict=True))
     check("session", "one of another model", same, "a session of the model that is to continue")
     return Generation(session, tokens, *settings)
+
+
+def no_others(function: str, others: Mapping[str, object]) -> None:
+    """Refuse further arguments of a function, as Python does; of a sampler, with where it belongs."""
+    for name, value in others.items():
+        check(name, repr(value), name not in Sampling._fields, f"sampling=Sampling({name}={value!r})")
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def checked(

@@ -145,7 +145,8 @@ def perplexity(model: Model, text: str | Sequence[int], ctx: int | None = None, 
         if tokenizer is None:
             raise LlamaError("model", "tokenizer", "none", "token ids for a text")
         bos = [tokenizer.bos] if tokenizer.adds_bos else []
-        ids: Any = np.concatenate([np.array(some, np.int32) for some in chain([bos], encode_parts(tokenizer, text))])
+        both = chain([bos], encode_parts(tokenizer, text))
+        ids: Any = np.concatenate([np.array(some, np.int32) for some in both])
     else:
         ids = text
     tokens = check_tokens(ids, config.vocab, max(len(ids), 1), "text")
@@ -153,11 +154,11 @@ def perplexity(model: Model, text: str | Sequence[int], ctx: int | None = None, 
     nats = 0.0
     with progress("scoring", len(tokens) - 1, " tokens") as advance:
         for begin, end, first in windows(len(tokens), int(ctx), int(stride)):
-            found = scores(model, tokens[begin : end - 1], tokens[begin + 1 : end])
+            found = scores(model, tokens[begin : end - 1].tolist(), tokens[begin + 1 : end].tolist())
             nats += float(found.nats[first - begin - 1 :].astype(np.float64).sum())
             advance(end - first)
     size = None
     if tokenizer is not None:
         known = isinstance(text, str) and tokens[0] == tokenizer.bos and tokenizer.adds_bos
-        size = len(str(text).encode()) if known else sum(len(tokenizer.pieces[token]) for token in tokens[1:])
+        size = len(str(text).encode()) if known else sum(len(tokenizer.pieces[int(token)]) for token in tokens[1:])
     return Score(nats, len(tokens) - 1, size)

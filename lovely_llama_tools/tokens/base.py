@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -129,7 +130,7 @@ def apart(work: Callable[[], Result]) -> Result:
 
     def run() -> None:
         try:
-            if getattr(ctypes.CDLL(None), "unshare", lambda _: -1)(CLONE_FILES) == 0:
+            if sys.platform == "linux" and ctypes.CDLL(None).unshare(CLONE_FILES) == 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             done.set_result(work())
         except BaseException as error:

@@ -54,7 +54,9 @@ def environment() -> jinja2.Environment:
     def now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    found: Any = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     found.filters["tojson"] = tojson
     found.globals.update(raise_exception=refuse, strftime_now=now)
     return found

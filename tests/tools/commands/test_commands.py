@@ -149,8 +149,11 @@ def test_a_prompt_comes_from_a_pipe_too(
             monkeypatch.setattr(sys, "stdin", stdin)
             assert commands.main(["chat", prompt, *options]) == 0
         assert said.conversations[-1] == [{"role": "user", "content": text}]
-    done = call("generate", "-", *options, say="the\n")
-    assert done.status == 0 and done.err.startswith("prompt 2 tokens")
+    for prompt in (["-"], []):
+        done = call("generate", *prompt, *options, say="the\n")
+        assert done.status == 0 and done.err.startswith("prompt 2 tokens")
+    done = call("generate", *options)
+    assert done.status == 2 and "PROMPT: got none, expected a text, piped input" in done.err
 
 
 def test_statistics_tell_what_was_cached_and_may_be_left_out(short: Path, capsys: pytest.CaptureFixture[str]) -> None:

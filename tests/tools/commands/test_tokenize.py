@@ -14,7 +14,9 @@ from transformers import AutoTokenizer
 
 from lovely_llama import LlamaError
 from lovely_llama_tools.commands import main
-from lovely_llama_tools.tokens import Tokenizer, folder_tokenizer
+from lovely_llama_tools.formats.files import load
+from lovely_llama_tools.inference.generate import generate
+from lovely_llama_tools.tokens import Tokenizer, folder_tokenizer, tokenizer_files
 from lovely_llama_tools.tokens.pieces import bin_tokenizer
 from lovely_llama_tools.tokens.training import train_bpe, train_characters, train_sentencepiece
 
@@ -148,16 +150,21 @@ def test_an_empty_folder_and_no_vocab_are_refused(tmp_path: Path, run: Run) -> N
 
 
 def test_ids_are_shown_beside_pieces(tmp_path: Path, run: Run) -> None:
-    """With BOS and EOS around them, where there are any; part of a character by its bytes."""
+    """Those that `generate` would see; part of a character by its bytes."""
     model = write_talker(tmp_path / "a.gguf")
     lines = run("show", "the é<|im_end|>ü", "--model", model).splitlines()
     shown = [line.split(maxsplit=1) for line in lines]
-    assert shown[0] == ["1", "<|im_start|>"] and shown[-1] == ["2", "<|im_end|>"]
-    pieces = [piece for _, piece in shown[1:-1]]
+    assert [int(i) for i, _ in shown] == generate(load(model), "the é<|im_end|>ü", 0).prompt
+    pieces = [piece for _, piece in shown]
     assert pieces[:4] == ["'t'", "'he'", "' '", "'é'"] and pieces[-2:] == [r"b'\xc3'", r"b'\xbc'"]
     assert "<|im_end|>" not in pieces
     special = run("show", "a<|im_end|>", "--special", "--model", model).splitlines()
-    assert special[-2:] == ["      2  <|im_end|>"] * 2
+    assert special[-1:] == ["      2  <|im_end|>"]
+    assert run("show", "", "--model", model) == "      1  <|im_start|>\n"
+    tokenizer = train_bpe(corpus(), 500)._replace(adds_bos=True)
+    for name, data in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_bytes(data)
+    assert run("show", "the", "--model", tmp_path).startswith("      2  [BOS]\n")
     run("train", ROOT / "README.md", "--kind", "chars", "--out", tmp_path / "chars")
     assert run("show", "ab", "--model", tmp_path / "chars").count("\n") == 2
 

@@ -435,6 +435,30 @@ def test_a_message_is_text_and_a_long_conversation_is_cut(
     assert capsys.readouterr().err == "note: no answer in the first 20 tokens of 2 conversations\n"
 
 
+MERGING = (
+    "{% for m in messages %}{{ m.role ~ m.content }}{% if loop.last or loop.nextitem.role != m.role %}<|im_end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        (("user", "assistant", "assistant"), "messages: got two assistant messages in a row, expected"),
+        (("assistant", "assistant", "user", "assistant"), "messages: got two assistant messages in a row, expected"),
+        (
+            ("user", "bot"),
+            "got 2 of the roles 'user', 'bot', none of an assistant, expected .* roles are system, .*tool",
+        ),
+    ],
+)
+def test_roles_that_cannot_be_learned_from_are_named(tmp_path: Path, roles: tuple[str, ...], says: str) -> None:
+    talks = [[{"role": role, "content": "abc"} for role in roles]]
+    paths, tokenizer = write_talks(tmp_path / "talks.jsonl", talks), talking(tmp_path, MERGING)
+    with pytest.raises(LlamaError, match=says):
+        prepare(paths, tmp_path / "data", tokenizer=tokenizer, seq=200, fraction=0.0)
+
+
 def test_texts_beside_conversations_are_learned_whole(tmp_path: Path) -> None:
     tokenizer = talking(tmp_path, GENERATION["chatml"])
     text = "The sky is blue, and so is the sea. " * 9

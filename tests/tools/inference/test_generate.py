@@ -25,6 +25,7 @@ from jax import numpy as jnp
 from lovely_llama import Config, LlamaError, Sampling, count, logits
 from lovely_llama_tools.formats.files import default_model, load
 from lovely_llama_tools.formats.model import Model
+from lovely_llama_tools.inference.batch import generate_all
 from lovely_llama_tools.inference.generate import Generation, Session, generate
 
 quick = settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -168,6 +169,14 @@ def test_bad_arguments_are_refused_before_the_first_token(model: Model) -> None:
     for options in ({"prompt": [CONFIG.vocab]}, {"prompt": "abc", "seed": -1}, {"prompt": "abc", "stop": [""]}):
         with pytest.raises(LlamaError):
             generate(model, **options)  # pyright: ignore
+
+
+@pytest.mark.parametrize("function", [generate, generate_all])
+def test_a_sampler_by_itself_is_told_where_it_belongs(model: Model, no_type_checks: None, function: Any) -> None:
+    with pytest.raises(LlamaError, match=r"temperature: got 0.5, expected sampling=Sampling\(temperature=0.5\)"):
+        function(model, ["a"], temperature=0.5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'warmth'"):
+        function(model, ["a"], warmth=0.5)
 
 
 def test_non_finite_logits_end_a_generation(model: Model) -> None:

@@ -1,6 +1,9 @@
 """Folders: what is read from one, and that what is written into one gives transformers the same ids."""
 
+import contextlib
 import json
+import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -214,3 +217,28 @@ def test_templates_of_a_folder(tmp_path: Path) -> None:
     tokenizer, reference = found(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.template == "new é" and tokenizer.templates == {"rag": "documents"}
     assert reference.chat_template == {"default": "new é", "rag": "documents"}
+
+
+def test_what_another_thread_writes_on_stderr_arrives(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """While files are read, and texts are tokenized with a regular expression that might panic."""
+    description, stop, written = json.loads(source()), threading.Event(), list[int]()
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, description["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+
+    def write() -> None:
+        while not stop.is_set():
+            written.append(os.write(2, b"line\n"))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    proto = train_sentencepiece(corpus()[:2], 400).encode
+    for _ in range(9):
+        tokenizer = found(tmp_path)
+        for text in ("the sky is blue", "a" * 40 + "c"):
+            with contextlib.suppress(LlamaError):
+                tokenizer.encode(text, False)
+        sentencepiece_tokenizer(proto.__reduce__()[1][0], "a.model")  # pyright: ignore
+    stop.set()
+    thread.join()
+    assert len(written) > 9 and capfd.readouterr().err == "line\n" * len(written)
