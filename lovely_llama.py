@@ -8,8 +8,8 @@ where an axis has one name everywhere. The length of each of these is the `Confi
     head_dim  width of a head                           hidden_dim  width inside the feed-forward
     layers    blocks, each fed by the one before
 
-Others depend on the call: `ctx`, positions of a cache (`config.ctx`: of the longest sequence a model is for); `seq`,
-tokens; `pairs`, head_dim / 2 planes of rotation; `n`, any number; `batch`, any axes of sequences; and `rank`.
+Others depend on the call: `ctx`, positions of a cache (`config.ctx`: as many as a model is for); `seq`, tokens;
+`pairs`, head_dim / 2 planes of rotation; `n`, any number; `batch`, sequences; an adapter's `rank`, `inputs`, `outputs`.
 
 Matrices are stored [out, in] and applied as W @ x. A rotary pair is two neighbouring rows, as in Meta's and llama2.c's
 checkpoints. Positions are absolute and start at 0. The arithmetic inside norms, rotations, softmax, the loss, the
@@ -33,7 +33,6 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 __version__ = "0.1.0"
 Number = float | int | Float[Array, ""] | Int[Array, ""]
 Ids = Integer[Array | np.ndarray, " seq"]
-Batch = Integer[Array | np.ndarray, "*batch seq"]
 Logits = Float[Array, " vocab"]
 
 
@@ -365,6 +364,9 @@ def init(rng: Key[Array, ""], config: Config) -> Params:
 
 
 # ---- 5. Learning -----------------------------------------------------------------------------------------------------
+Batch = Integer[Array | np.ndarray, "*batch seq"]
+
+
 def cross_entropy(logits: Float[Array, "*batch seq vocab"], targets: Batch) -> Float[Array, ""]:
     """Mean cross-entropy in nats: −¹⁄ₙ Σ log softmax(logits)ₜ over the n targets t that are not negative.
 
@@ -391,8 +393,8 @@ def loss(params: Params, tokens: Batch, targets: Batch, config: Config, first: B
 def clip(gradients: Any, limit: Number) -> tuple[Any, Float[Array, ""]]:
     """g · min(1, limit / ‖g‖), and ‖g‖, the norm over all leaves. Pascanu et al. 2013, arXiv:1211.5063, algorithm 1."""
     wide = jax.tree.map(float32_or_wider, gradients)
-    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda g: abs(g).max(), wide), 1e-30)  # cancels: above 0, and
-    norm = largest * jnp.sqrt(sum(((g / largest) ** 2).sum() for g in jax.tree.leaves(wide)))  # no square overflows
+    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda g: abs(g).max(), wide), 1e-30)  # cancels
+    norm = largest * jnp.sqrt(sum(((g / largest) ** 2).sum() for g in jax.tree.leaves(wide)))  # no overflow
     return jax.tree.map(lambda g, w: (jnp.minimum(1, limit / norm) * w).astype(g.dtype), gradients, wide), norm
 
 
@@ -482,8 +484,7 @@ def repetition_penalty(logits: Logits, seen: Bool[Array, " vocab"], penalty: Num
 
 def temperature(logits: Logits, t: Number) -> Logits:
     """(xᵢ − maxⱼ xⱼ) / t; at t = 0 only the largest remain. Ackley et al. 1985, Cognitive Science 9, eq. (6)."""
-    x = float32_or_wider(logits)
-    below = x - x.max()
+    below = float32_or_wider(logits) - float32_or_wider(logits.max())
     return jnp.where(below == 0, below, below / t).astype(logits.dtype)
 
 
@@ -597,9 +598,8 @@ def is_whole(n: object) -> bool:
 
 
 def is_number(x: object) -> bool:
-    """Whether x is a number, of Python or of numpy, and finite in float32."""
-    real = is_whole(x) or isinstance(x, float | np.floating)
-    return real and abs(np.asarray(x).item()) < 2**128 - 2**103  # which float32 rounds to ∞
+    """Whether x is a number, of Python or of numpy, that float32 does not round to ±∞."""
+    return (is_whole(x) or isinstance(x, float | np.floating)) and abs(np.asarray(x).item()) < 2**128 - 2**103
 
 
 def check_config(config: Any, file: object = "config") -> None:
@@ -611,22 +611,20 @@ def check_config(config: Any, file: object = "config") -> None:
     must("head_dim", config.head_dim, config.head_dim % 2 == 0, "an even number")
     must("eps", config.eps, is_number(config.eps) and bool(np.float32(config.eps) > 0), "a finite number above 0")
     must("theta", config.theta, is_number(config.theta) and config.theta > 1, "a finite number above 1")
-    kind, factor, ctx, low, high, attention_factor = config.rope_scaling or RopeScaling("linear", 1)
+    kind, factor, ctx, low, high, scale = config.rope_scaling or RopeScaling("linear", 1)
     must("rope_scaling", kind, kind in ("linear", "llama3", "yarn"), "linear, llama3 or yarn")
     must("rope_scaling.factor", factor, is_number(factor) and factor >= 1, "a finite number of at least 1")
     if kind != "linear":
-        good = is_number(attention_factor) and attention_factor > 0
         must("rope_scaling.original_ctx", ctx, is_whole(ctx) and ctx > 0, "a whole number above 0")
         must("rope_scaling", (low, high), is_number(low) and is_number(high) and 0 < low < high, "0 < low < high")
-        must("rope_scaling.attention_factor", attention_factor, good, "a finite number above 0")
+        must("rope_scaling.attention_factor", scale, is_number(scale) and scale > 0, "a finite number above 0")
 
 
 def check_tensors(expected: Mapping[str, Any], found: Mapping[str, Any], file: object) -> None:
     """Refuse shapes, by name, other than those expected: a missing one, an unexpected one, or a different one."""
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    check("tensors", f"{len(missing)} missing ({', '.join(missing[:3])})", not missing, len(expected), file)
-    check("tensors", f"{len(extra)} unexpected ({', '.join(extra[:3])})", not extra, len(expected), file)
+    for kind, these, others in (("missing", expected, found), ("unexpected", found, expected)):
+        names = [name for name in these if name not in others]
+        check("tensors", f"{len(names)} {kind} ({', '.join(names[:3])})", not names, len(expected), file)
     for name, shape in expected.items():
         check(name, tuple(found[name]), tuple(found[name]) == tuple(shape), tuple(shape), file)
 
