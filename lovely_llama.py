@@ -8,13 +8,12 @@ where an axis has one name everywhere. The length of each of these is the `Confi
     head_dim  width of a head                           hidden_dim  width inside the feed-forward
     layers    blocks, each fed by the one before
 
-Others depend on the call: `ctx`, the positions of a cache (`config.ctx`: of the longest sequence that a model is for);
-`seq`, the tokens; `pairs`, head_dim / 2 planes of rotation; `n`, any number; in part 5 `batch`, any axes of sequences,
-and an adapter's `rank` between `inputs` and `outputs`, the axes of a matrix.
+Others depend on the call: `ctx`, positions of a cache (`config.ctx`: as many as a model is for); `seq`, tokens;
+`pairs`, head_dim / 2 planes of rotation; `n`, any number; `batch`, sequences; an adapter's `rank`, `inputs`, `outputs`.
 
 Matrices are stored [out, in] and applied as W @ x. A rotary pair is two neighbouring rows, as in Meta's and llama2.c's
-checkpoints. Positions are absolute and start at 0. Whatever the dtype of the parameters, the arithmetic inside norms,
-rotations, softmax and the loss is float32 or wider, and the result is cast back.
+checkpoints. Positions are absolute and start at 0. The arithmetic inside norms, rotations, softmax, the loss, the
+optimiser and the samplers is float32 or wider, whatever dtype comes in; results are cast back.
 
 Llama: Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Llama 3: Dubey et al. 2024, arXiv:2407.21783.
 """
@@ -27,13 +26,14 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from jax import lax, vmap
+from jax import core, lax, vmap
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 __version__ = "0.1.0"
 Number = float | int | Float[Array, ""] | Int[Array, ""]
 Ids = Integer[Array | np.ndarray, " seq"]
+Logits = Float[Array, " vocab"]
 
 
 # ---- 1. Nouns: the configuration, the parameters, the cache, the positions -------------------------------------------
@@ -392,8 +392,10 @@ def loss(params: Params, tokens: Batch, targets: Batch, config: Config, first: B
 
 def clip(gradients: Any, limit: Number) -> tuple[Any, Float[Array, ""]]:
     """g · min(1, limit / ‖g‖), and ‖g‖, the norm over all leaves. Pascanu et al. 2013, arXiv:1211.5063, algorithm 1."""
-    norm = jnp.sqrt(sum((float32_or_wider(g) ** 2).sum() for g in jax.tree.leaves(gradients)))
-    return jax.tree.map(lambda g: (limit / jnp.maximum(norm, limit)).astype(g.dtype) * g, gradients), norm
+    wide = jax.tree.map(float32_or_wider, gradients)
+    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda g: abs(g).max(), wide), 1e-30)  # cancels
+    norm = largest * jnp.sqrt(sum(((g / largest) ** 2).sum() for g in jax.tree.leaves(wide)))  # no overflow
+    return jax.tree.map(lambda g, w: (jnp.minimum(1, limit / norm) * w).astype(g.dtype), gradients, wide), norm
 
 
 class Moments(NamedTuple):
@@ -405,33 +407,37 @@ class Moments(NamedTuple):
 
 
 def moments(params: Any) -> Moments:
-    """The moments before the first step: zeros."""
-    return Moments(jnp.array(0), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+    """The moments before the first step: zeros, in float32 or wider."""
+    first, second = (jax.tree.map(lambda θ: jnp.zeros_like(float32_or_wider(θ)), params) for _ in range(2))
+    return Moments(jnp.array(0), first, second)
 
 
 def adamw(
     params: Any, gradients: Any, moments: Moments, rate: Number, decay: Number,
     betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
 ) -> tuple[Any, Moments]:  # fmt: skip
-    """One step of Adam with decoupled weight decay, which spares gains.
+    """One step of Adam with decoupled weight decay, which spares gains, known by their names in the tree.
 
         m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  θ ← θ − η (m̂/(√v̂ + ε) + λθ),  m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, but with λ multiplied by η, as in torch."""
     β1, β2 = betas
     step = moments.step + 1
-    first = jax.tree.map(lambda m, g: β1 * m + (1 - β1) * g, moments.first, gradients)
-    second = jax.tree.map(lambda v, g: β2 * v + (1 - β2) * g**2, moments.second, gradients)
-    correction1, correction2 = (1 - jnp.asarray(β) ** step for β in betas)
+    correction1, correction2 = (-jnp.expm1(step * jnp.log1p(β - 1)) for β in betas)  # 1 − βᵗ, to every digit
 
-    def update(path: tuple[Any, ...], θ: Array, m: Array, v: Array) -> Array:
-        η = jnp.asarray(rate, θ.dtype)
-        λ = 0 if path[-1].name in GAINS else decay
+    def update(path: tuple[Any, ...], *given: Array) -> tuple[Array, ...]:
+        θ, m, v, g = map(float32_or_wider, given)
+        λ = 0 if jax.tree_util.keystr(path[-1:], simple=True) in GAINS else decay
+        m = β1 * m + (1 - β1) * g
+        v = β2 * v + (1 - β2) * g**2
         m_hat = m / correction1.astype(m.dtype)
         v_hat = v / correction2.astype(v.dtype)
-        return θ - η * (m_hat / (jnp.sqrt(v_hat) + eps) + λ * θ)
+        θ = θ - jnp.asarray(rate, θ.dtype) * (m_hat / (jnp.sqrt(v_hat) + eps) + λ * θ)
+        return tuple(new.astype(old.dtype) for new, old in zip((θ, m, v), given[:3], strict=True))
 
-    return jax.tree.map_with_path(update, params, first, second), Moments(step, first, second)
+    updated = jax.tree.map_with_path(update, params, moments.first, moments.second, gradients)
+    params, first, second = jax.tree.transpose(jax.tree.structure(params), None, updated)
+    return params, Moments(step, first, second)
 
 
 def learning_rate(step: int, peak: float | int, warmup: int, steps: int, final: float | int) -> float | int:
@@ -457,42 +463,44 @@ def adapt(params: Any, adapters: Any, scale: Number) -> Any:
 
     Hu et al. 2021, arXiv:2106.09685, eq. (3), s = α/r. Only the adapters are trained."""
 
+    def product(a: Array, b: Array) -> Array:
+        return jnp.tensordot(float32_or_wider(b), float32_or_wider(a), 1)
+
     def changed(adapter: Adapter | None, w: Any) -> Any:
-        return w if adapter is None else w + scale * jnp.tensordot(adapter.b, adapter.a, 1).astype(w.dtype)
+        return w if adapter is None else (float32_or_wider(w) + scale * product(*adapter)).astype(w.dtype)
 
     return jax.tree.map(changed, adapters, params, is_leaf=lambda node: node is None or isinstance(node, Adapter))
 
 
 # ---- 6. Choosing -----------------------------------------------------------------------------------------------------
 # A sampler maps logits to logits. It excludes a token by −∞, so samplers compose, and `softmax` ends any chain of them.
-def repetition_penalty(
-    logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"], penalty: Number
-) -> Float[Array, " vocab"]:
+def repetition_penalty(logits: Logits, seen: Bool[Array, " vocab"], penalty: Number) -> Logits:
     """Divide the logits of tokens seen before by the penalty, or multiply them by it where they are negative.
 
     Keskar et al. 2019, arXiv:1909.05858, §4.1. The paper divides negative logits too, which rewards repetition."""
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    x = float32_or_wider(logits)
+    return jnp.where(seen, jnp.where(x > 0, x / penalty, x * penalty), x).astype(logits.dtype)
 
 
-def temperature(logits: Float[Array, " vocab"], t: Number) -> Float[Array, " vocab"]:
+def temperature(logits: Logits, t: Number) -> Logits:
     """(xᵢ − maxⱼ xⱼ) / t; at t = 0 only the largest remain. Ackley et al. 1985, Cognitive Science 9, eq. (6)."""
-    below = logits - logits.max()
-    return jnp.where(below == 0, below, below / t)
+    below = float32_or_wider(logits) - float32_or_wider(logits.max())
+    return jnp.where(below == 0, below, below / t).astype(logits.dtype)
 
 
-def greedy(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
+def greedy(logits: Logits) -> Logits:
     """Keep the most likely token alone; between equals the lowest id."""
     return jnp.where(jnp.arange(len(logits)) == jnp.argmax(logits), logits, -jnp.inf)
 
 
-def top_k(logits: Float[Array, " vocab"], k: Number) -> Float[Array, " vocab"]:
+def top_k(logits: Logits, k: Number) -> Logits:
     """Keep exactly the k most likely tokens; between equals the lower ids. Fan et al. 2018, arXiv:1805.04833, §5.4."""
     order = jnp.argsort(-logits)  # which is stable
     place = jnp.argsort(order)
-    return jnp.where(place < k, logits, -jnp.inf)
+    return jnp.where(place < k, logits, greedy(logits))
 
 
-def top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
+def top_p(logits: Logits, p: Number) -> Logits:
     """Keep the smallest set of most likely tokens whose probabilities sum to at least p.
 
     Holtzman et al. 2019, arXiv:1904.09751, eq. (2). The most likely always remains, and p = 1 keeps all."""
@@ -501,13 +509,13 @@ def top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
     return top_k(logits, jnp.where(p >= 1, len(logits), 1 + below_p.sum()))
 
 
-def min_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
+def min_p(logits: Logits, p: Number) -> Logits:
     """Keep tokens at least p times as likely as the most likely. Nguyen et al. 2024, arXiv:2407.01082."""
-    probabilities = softmax(logits)
-    return jnp.where(probabilities >= p * probabilities.max(), logits, -jnp.inf)
+    probabilities = softmax(float32_or_wider(logits))
+    return jnp.where(probabilities >= p * probabilities.max(), logits, greedy(logits))
 
 
-def categorical(rng: Key[Array, ""], logits: Float[Array, " vocab"]) -> Int[Array, ""]:
+def categorical(rng: Key[Array, ""], logits: Logits) -> Int[Array, ""]:
     """A token with the probabilities softmax(logits): the first whose cumulative probability exceeds a uniform number.
 
     Inverse transform sampling: Devroye 1986, Non-Uniform Random Variate Generation, chapter III."""
@@ -537,9 +545,7 @@ class Sampling(NamedTuple):
     top_p: float | None = 0.9
     min_p: float | None = None
 
-    def __call__(
-        self, logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"], samplers: Mapping[str, Any] = SAMPLERS
-    ) -> Float[Array, " vocab"]:
+    def __call__(self, logits: Logits, seen: Bool[Array, " vocab"], samplers: Mapping[str, Any] = SAMPLERS) -> Logits:
         logits = float32_or_wider(logits)
         for name, value in self._asdict().items():
             logits = logits if value is None else samplers[name](logits, seen, value)
@@ -547,7 +553,7 @@ class Sampling(NamedTuple):
 
 
 def choose(
-    rng: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"],
+    rng: Key[Array, ""], position: Int[Array, ""], logits: Logits, seen: Bool[Array, " vocab"],
     sampling: Sampling, *, samplers: Mapping[str, Any] = SAMPLERS, draw: Callable[..., Any] = categorical,
 ) -> tuple[Int[Array, ""], Bool[Array, " vocab"]]:  # fmt: skip
     """Draw the token for a position and mark it as seen; −1 where a logit, or its penalised value, is not finite."""
@@ -592,8 +598,8 @@ def is_whole(n: object) -> bool:
 
 
 def is_number(x: object) -> bool:
-    """Whether x is a finite number, of Python or of numpy."""
-    return is_whole(x) or (isinstance(x, float | np.floating) and bool(np.isfinite(cast(Any, x))))
+    """Whether x is a number, of Python or of numpy, that float32 does not round to ±∞."""
+    return (is_whole(x) or isinstance(x, float | np.floating)) and abs(np.asarray(x).item()) < 2**128 - 2**103
 
 
 def check_config(config: Any, file: object = "config") -> None:
@@ -603,24 +609,22 @@ def check_config(config: Any, file: object = "config") -> None:
         size = getattr(config, field)
         must(field, repr(size), is_whole(size) and 1 <= size < 2**31, "a whole number from 1 to 2147483647")
     must("head_dim", config.head_dim, config.head_dim % 2 == 0, "an even number")
-    must("eps", config.eps, is_number(config.eps) and config.eps > 0, "a finite number above 0")
+    must("eps", config.eps, is_number(config.eps) and bool(np.float32(config.eps) > 0), "a finite number above 0")
     must("theta", config.theta, is_number(config.theta) and config.theta > 1, "a finite number above 1")
-    kind, factor, ctx, low, high, attention_factor = config.rope_scaling or RopeScaling("linear", 1)
+    kind, factor, ctx, low, high, scale = config.rope_scaling or RopeScaling("linear", 1)
     must("rope_scaling", kind, kind in ("linear", "llama3", "yarn"), "linear, llama3 or yarn")
     must("rope_scaling.factor", factor, is_number(factor) and factor >= 1, "a finite number of at least 1")
     if kind != "linear":
-        good = is_number(attention_factor) and attention_factor > 0
         must("rope_scaling.original_ctx", ctx, is_whole(ctx) and ctx > 0, "a whole number above 0")
         must("rope_scaling", (low, high), is_number(low) and is_number(high) and 0 < low < high, "0 < low < high")
-        must("rope_scaling.attention_factor", attention_factor, good, "a finite number above 0")
+        must("rope_scaling.attention_factor", scale, is_number(scale) and scale > 0, "a finite number above 0")
 
 
 def check_tensors(expected: Mapping[str, Any], found: Mapping[str, Any], file: object) -> None:
     """Refuse shapes, by name, other than those expected: a missing one, an unexpected one, or a different one."""
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    check("tensors", f"{len(missing)} missing ({', '.join(missing[:3])})", not missing, len(expected), file)
-    check("tensors", f"{len(extra)} unexpected ({', '.join(extra[:3])})", not extra, len(expected), file)
+    for kind, these, others in (("missing", expected, found), ("unexpected", found, expected)):
+        names = [name for name in these if name not in others]
+        check("tensors", f"{len(names)} {kind} ({', '.join(names[:3])})", not names, len(expected), file)
     for name, shape in expected.items():
         check(name, tuple(found[name]), tuple(found[name]) == tuple(shape), tuple(shape), file)
 
@@ -653,39 +657,34 @@ def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments"
     return ids.astype(np.int32)
 
 
-def is_traced(x: Any) -> bool:
-    """Whether x is what `jit`, `vmap` or `grad` puts in an array's place: its shape is known, its values are not."""
-    return isinstance(x, jax.core.Tracer)
-
-
 def checked_tokens(params: Params, tokens: Any, cache: Any, start: Any, config: Config, first: Any) -> Any:
     """The ids for `llama`, once all its arguments are found to fit; of what is traced, its shape."""
     check_params(params, config)
-    begin = 0 if is_traced(start) else int(start)
+    begin = 0 if isinstance(start, core.Tracer) else int(start)
     check("start", begin, 0 <= begin < config.ctx, f"a position from 0 to {config.ctx - 1}")
     limit = config.ctx - begin
-    ids = tokens if is_traced(tokens) else jnp.asarray(check_tokens(tokens, config.vocab, limit))
+    ids = tokens if isinstance(tokens, core.Tracer) else jnp.asarray(check_tokens(tokens, config.vocab, limit))
     end = begin + len(ids)
     check("tokens", f"{len(ids)} tokens", 0 < len(ids) <= limit, f"1 to {limit}")
     layers = len(cache.keys if isinstance(cache, Cache) else cache)
     check("cache", f"{layers} layers", layers == config.layers, config.layers)
     room = jax.tree.leaves(cache)[0].shape[-2]
     check("cache", f"{room} positions", end <= room, f"at least {end}")
-    later = np.greater(0 if is_traced(first) or is_traced(start) else first, range(begin, end))
+    later = np.greater(0 if isinstance(start + first, core.Tracer) else first, range(begin, end))
     check("first", "a later token", not np.any(later), "no later one")
     return ids
 
 
 def checked_batch(tokens: Any, targets: Any, config: Config, first: Any) -> tuple[Any, Any]:
     """The ids for `loss`, once its arguments are found to fit; of what is traced, its shape."""
-    ids, answers = (cast(Any, rows if is_traced(rows) else np.asarray(rows)) for rows in (tokens, targets))
+    ids, answers = (cast(Any, x if isinstance(x, core.Tracer) else np.asarray(x)) for x in (tokens, targets))
     check("targets", answers.shape, answers.shape == ids.shape, f"{ids.shape}, as tokens")
     check("tokens", ids.shape, (0,) < ids.shape[-1:] <= (config.ctx,), f"rows of 1 to {config.ctx}")
-    later = np.greater(0 if is_traced(first) else first, range(ids.shape[-1]))
+    later = np.greater(0 if isinstance(first, core.Tracer) else first, range(ids.shape[-1]))
     check("first", "a later token", not np.any(later), "no later one")
-    if not is_traced(ids):
+    if not isinstance(ids, core.Tracer):
         check_tokens(ids.ravel(), config.vocab, ids.size)
-    if not is_traced(answers):
+    if not isinstance(answers, core.Tracer):
         check_tokens(np.maximum(answers, 0).ravel(), config.vocab, answers.size, "targets")
     return ids, answers
 
@@ -696,7 +695,8 @@ def check_sampling(sampling: Sampling, vocab: int, file: object = "arguments") -
         bound, lower, limit = LIMITS[name]
         kind, good = ("whole", is_whole) if limit is None else ("finite", is_number)
         upper = vocab if limit is None else limit
-        ok = value is None or (good(value) and lower <= value <= upper and (bound == "from" or value > lower))
+        x = float(np.float32(value)) if limit is not None and good(value) else value  # which it becomes
+        ok = value is None or (good(value) and lower <= x <= upper and (bound == "from" or x > lower))
         check(name, repr(value), ok, f"a {kind} number {bound} {lower}, at most {upper}", file)
 
 

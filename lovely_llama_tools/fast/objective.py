@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
-from lovely_llama import Config, Params, checked_batch, cross_entropy
+from lovely_llama import Config, Params, checked_batch, cross_entropy, float32_or_wider
 
 from ..devices.partition import split
 from .attention import BLOCK
@@ -52,12 +52,15 @@ def accumulate(
     """The loss of all micro-batches and its gradient, Σ nᵢ/n ∇lossᵢ, where batch i has nᵢ of the n targets.
 
     `objective(params, tokens, targets, *more)` is the loss of one, such as `partial(loss, config=config)`. A mean of
-    means would weight the targets of sparse batches more. One micro-batch is in memory at a time."""
+    means would weight the targets of sparse batches more. One micro-batch is in memory at a time. Sums are float32 or
+    wider, and cast back."""
     counts, value_and_grad, rows = (targets >= 0).sum((1, 2)), jax.value_and_grad(objective), (tokens, targets, *more)
 
     def add(sums: Any, micro: tuple[Array, ...]) -> tuple[Any, None]:
         share, parts = micro[0], value_and_grad(params, *micro[1:])
-        return jax.tree.map(lambda sum, part: sum + share.astype(part.dtype) * part, sums, parts), None
+        return jax.tree.map(lambda sum, part: sum + share.astype(sum.dtype) * part.astype(sum.dtype), sums, parts), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, *(ids[0] for ids in rows)))
-    return lax.scan(add, zeros, (counts / jnp.maximum(counts.sum(), 1), *rows))[0]
+    one = jax.eval_shape(value_and_grad, params, *(ids[0] for ids in rows))
+    zeros = jax.tree.map(lambda part: float32_or_wider(jnp.zeros_like(part)), one)
+    sums, _ = lax.scan(add, zeros, (counts / jnp.maximum(counts.sum(), 1), *rows))
+    return jax.tree.map(lambda sum, part: sum.astype(part.dtype), sums, one)

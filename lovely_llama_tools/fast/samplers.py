@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num, UInt
 
 import lovely_llama
-from lovely_llama import Number, Sampling, float32_or_wider, softmax
+from lovely_llama import Number, Sampling, float32_or_wider, greedy, softmax
 
 
 def bisect(holds: Callable[[Array], Array], width: int, dtype: Any) -> Int[Array, ""] | UInt[Array, ""]:
@@ -27,7 +27,7 @@ def largest(x: Float[Array, " vocab"], measure: Num[Array, " vocab"], target: Nu
 
     It holds every xᵢ above the cut-off  max {τ : Σᵢ mᵢ [xᵢ ≥ τ] ≥ target}  and as many equal to it as are needed.
     Floats are compared as unsigned integers in the same order, so that bisection is exact."""
-    ids = jnp.arange(len(x))
+    x, ids = float32_or_wider(x), jnp.arange(len(x))
     unsigned, width = (jnp.uint64, 64) if x.dtype == jnp.float64 else (jnp.uint32, 32)
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)  # −0 equals 0
     sign = jnp.asarray(1 << (width - 1), unsigned)
@@ -40,12 +40,12 @@ def largest(x: Float[Array, " vocab"], measure: Num[Array, " vocab"], target: Nu
 
 def top_k(logits: Float[Array, " vocab"], k: Number) -> Float[Array, " vocab"]:
     """`lovely_llama.top_k`."""
-    return jnp.where(largest(logits, jnp.ones(len(logits), int), k), logits, -jnp.inf)
+    return jnp.where(largest(logits, jnp.ones(len(logits), int), k), logits, greedy(logits))
 
 
 def top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
     """`lovely_llama.top_p`, but for sums that are closer to p than rounding."""
-    return jnp.where(largest(logits, softmax(float32_or_wider(logits)), p) | (p >= 1), logits, -jnp.inf)
+    return jnp.where(largest(logits, softmax(float32_or_wider(logits)), p) | (p >= 1), logits, greedy(logits))
 
 
 def categorical(rng: Key[Array, ""], logits: Float[Array, " vocab"]) -> Int[Array, ""]:
