@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from lovely_llama import LlamaError, check
 
 from ..tokens import Tokenizer, folder_tokenizer, without_key
+from ..tokens.base import check_inside
 from .gguf import open_gguf, save_gguf
 from .hub import fetch, is_name
 from .hugging_face import INDEX, WEIGHTS, open_folder, save_folder
@@ -34,7 +35,8 @@ FOREIGN = {
     b"GGUF"[::-1]: "a big-endian GGUF",
     b"PK\3\4": "a zip file, such as torch writes",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
-    b"<": "HTML",
+    b"<!": "HTML",
+    b"<html": "HTML",
 }
 
 
@@ -82,10 +84,13 @@ def best_of(path: Path) -> Path:
     """The best checkpoint in the folder of a training run; another path as it is."""
     if not path.is_dir() or any((path / name).exists() for name in FOLDERS):
         return path
-    if not (path / BEST).is_dir() and (path / RUN).is_file():
+    if (path / BEST).is_dir():
+        check_inside(path / BEST, path)
+        return path / BEST
+    if (path / RUN).is_file():
         steps = sorted((found.name for found in path.glob("step-*")), key=lambda name: (len(name), name))
         raise LlamaError(path, "path", "a run without a best model yet", f"{' or '.join(steps) or 'a model'} in it")
-    return path / BEST if (path / BEST).is_dir() else path
+    return path
 
 
 def opener(path: Path) -> Callable[[Path, ExitStack], Checkpoint]:

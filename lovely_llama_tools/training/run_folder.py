@@ -62,7 +62,7 @@ class Checkpoint(NamedTuple):
     def arrays(self) -> Arrays:
         """The optimiser's arrays, read on each access."""
         path = self.path / OPTIMIZER
-        with open_file(path) as file:
+        with open_file(path, self.path) as file:
             places = scan_safetensors(file, path)
             return {name: read_tensor(file, path, name, place) for name, place in places.items()}
 
@@ -169,7 +169,7 @@ def write_json(path: Path, fields: Mapping[str, Any]) -> None:
 
 def read_fields(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
-    data = small_file(path)
+    data = small_file(path, path.parent)
     if data is None:
         raise LlamaError(path, "path", "no such file", "a file")
     return read_json(data, path)
@@ -199,7 +199,7 @@ def link_best(run: Path, step: int) -> None:
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file."""
-    with open_file(path) as file:
+    with open_file(path, path.parent) as file:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 

@@ -7,12 +7,12 @@ import pickle
 from pathlib import Path
 
 import pytest
-from builders import LLAMA2_C, SMALL, write_sentencepiece, write_talker
+from builders import LLAMA2_C, SMALL, random_params, write_sentencepiece, write_talker
 from meta_files import meta_weights, write_meta
 
-from lovely_llama import CONFIGS, LlamaError, count
+from lovely_llama import CONFIGS, Config, LlamaError, count
 from lovely_llama_tools.formats.files import default_model, load, save
-from lovely_llama_tools.formats.model import check_memory
+from lovely_llama_tools.formats.model import Model, check_memory
 from lovely_llama_tools.inference.generate import generate
 
 
@@ -44,6 +44,12 @@ def test_other_contents_are_called_what_they_are(what: str, tmp_path: Path) -> N
     with pytest.raises(LlamaError, match=f": contents: got {what}, expected {wanted}") as caught:
         load(tmp_path / "model")
     assert caught.value.field == "contents"
+
+
+def test_a_width_whose_first_byte_is_that_of_html(tmp_path: Path) -> None:
+    config = Config(29, 60, 1, 2, 3, 10, 19, 32, 1e-5, 1e4, None, True)
+    save(Model(config, random_params(config), None), tmp_path / "a.bin")
+    assert load(tmp_path / "a.bin").config == config
 
 
 @pytest.mark.parametrize(

@@ -254,3 +254,22 @@ def test_a_run_is_its_best_model(run: Run, capsys: pytest.CaptureFixture[str]) -
     Path("run/step-10").mkdir()
     says = "run: path: got a run without a best model yet, expected step-1 or step-2 or step-10 in it"
     assert main(["inspect", "run"]) == 2 and capsys.readouterr().err == f"error: {says}\n"
+
+
+def test_no_link_leads_out_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither when it is resumed nor when it is read as a model; its own, from best to a step, is followed."""
+    assert run("sums.txt", TINY, SHORT)[0] == 0
+    for moved, link, command in (
+        ("run.json", "run.json", "train --resume --out run"),
+        ("step-2/state.json", "step-2/state.json", "train --resume --out run"),
+        ("step-2/optimizer.safetensors", "step-2/optimizer.safetensors", "train --resume --out run"),
+        ("step-2", "best", "inspect run"),
+    ):
+        path, elsewhere = Path("run", moved), Path("elsewhere").absolute()
+        path.rename(elsewhere)
+        Path("run", link).unlink(missing_ok=True)
+        Path("run", link).symlink_to(elsewhere)
+        assert main(command.split()) == 2
+        assert f"{link}: path: got a link to {elsewhere}" in capsys.readouterr().err
+        Path("run", link).unlink()
+        elsewhere.rename(path)
