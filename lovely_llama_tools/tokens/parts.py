@@ -12,21 +12,21 @@ BLOCK = 2**18  # characters tokenized at a time
 LONGEST = 2**22  # characters among which there may be no place to divide
 AROUND = 99  # characters on either side of a place that are tokenized to see that no token is lost there
 
-LINE, WORD, ANYWHERE = (re.compile(rf"(?s).*{last}") for last in (r"\S\n(?=\S)", r"[\w!-~](?= [\w!-~])", "."))
+LINE, WORD, ANYWHERE = (re.compile(rf"(?s).*{last}") for last in (r"\S\n(?=\S)", r"[^\W_](?=\s)", "."))
 
 
 def places(tokenizer: Tokenizer) -> list[re.Pattern[str]]:
     """Where texts may be divided: at the end of a match, which is the last there is.
 
     A tokenizer's regular expression, or its vocabulary, has a boundary between two lines that end and start with a
-    visible character, and before the space between two words. The latter, unless a token extends over it.
+    visible character, and after a word before white space. The latter, unless a token extends over it.
     """
     if isinstance(tokenizer.encode, Characters):
         return [ANYWHERE]
     special = {*tokenizer.specials.values()}
     pieces = [piece for i, piece in enumerate(tokenizer.pieces) if i not in special]
     names = [name.encode() for name in tokenizer.specials]
-    return [LINE] if any(re.search(rb"\S ", piece) for piece in pieces + names) else [LINE, WORD]
+    return [LINE] if any(re.search(rb"[0-9A-Za-z\x80-\xff]\s", piece) for piece in pieces + names) else [LINE, WORD]
 
 
 def divide(tokenizer: Tokenizer, text: str, at: list[re.Pattern[str]]) -> int:

@@ -95,10 +95,10 @@ def bpe() -> Tokenizer:
     return train_bpe(corpus(), 500)
 
 
-@pytest.mark.parametrize("written", ["as it is", "in one line", "in one record"])
+@pytest.mark.parametrize("written", ["as it is", "in one line", "with CRLF", "in one record"])
 @pytest.mark.parametrize(
     "make",
-    [bpe, smollm2, lambda: train_sentencepiece(corpus()[:2], 600), lambda: characters_tokenizer(characters())],
+    [bpe, smollm2, lambda: train_sentencepiece(corpus()[:2], 600), lambda: characters_tokenizer("\r" + characters())],
     ids=["bpe", "smollm2", "sentencepiece", "chars"],
 )
 def test_a_text_in_blocks_is_encoded_as_a_whole(
@@ -109,10 +109,10 @@ def test_a_text_in_blocks_is_encoded_as_a_whole(
     monkeypatch.setattr(parts, "BLOCK", 300)
     tokenizer: Tokenizer = make()
     text, path = (ROOT / "lovely_llama.py").read_text(), tmp_path / "text.txt"
-    text = text.replace("\n", " ") if written == "in one line" else text
+    text = text.replace("\n", {"in one line": " ", "with CRLF": "\r\n"}.get(written, "\n"))
     if written == "in one record":
         path = tmp_path / "text.jsonl"
-    path.write_text(json.dumps({"text": text}) if path.suffix == ".jsonl" else text)
+    path.write_bytes((json.dumps({"text": text}) if path.suffix == ".jsonl" else text).encode())
     found = prepare([str(path)], tmp_path / "data", tokenizer=tokenizer, seq=50, fraction=0.0)
     want = tokenizer.begin(text)
     want += [] if tokenizer.eos is None else [tokenizer.eos]
