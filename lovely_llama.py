@@ -393,8 +393,10 @@ def loss(params: Params, tokens: Batch, targets: Batch, config: Config, first: B
 def clip(gradients: Any, limit: Number) -> tuple[Any, Float[Array, ""]]:
     """g · min(1, limit / ‖g‖), and ‖g‖, the norm over all leaves. Pascanu et al. 2013, arXiv:1211.5063, algorithm 1."""
     wide = jax.tree.map(float32_or_wider, gradients)
-    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda g: abs(g).max(), wide), 1e-30)  # cancels
-    norm = largest * jnp.sqrt(sum(((g / largest) ** 2).sum() for g in jax.tree.leaves(wide)))  # no overflow
+    _, e = jnp.frexp(
+        jax.tree.reduce(jnp.maximum, jax.tree.map(lambda g: abs(g).max(), wide))
+    )  # so that no g² overflows
+    norm = jnp.ldexp(jnp.sqrt(sum((jnp.ldexp(g, -e) ** 2).sum() for g in jax.tree.leaves(wide))), e)
     return jax.tree.map(lambda g, w: (jnp.minimum(1, limit / norm) * w).astype(g.dtype), gradients, wide), norm
 
 
@@ -423,7 +425,7 @@ def adamw(
     Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, but with λ multiplied by η, as in torch."""
     β1, β2 = betas
     step = moments.step + 1
-    correction1, correction2 = (-jnp.expm1(step * jnp.log1p(β - 1)) for β in betas)  # 1 − βᵗ, to every digit
+    correction1, correction2 = (1 - jnp.asarray(β) ** step for β in betas)
 
     def update(path: tuple[Any, ...], *given: Array) -> tuple[Array, ...]:
         θ, m, v, g = map(float32_or_wider, given)

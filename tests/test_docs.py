@@ -204,7 +204,7 @@ def test_a_sampler_is_added_as_described(tmp_path: Path) -> None:
     for added, before in (
         (function, "def categorical("),
         ('    "sparse": lambda x, _, n: sparse(x, n),\n', "}\n\n\nclass Sampling("),
-        ("    sparse: int | None = None\n", "\n    def __call__(\n        self, logits"),
+        ("    sparse: int | None = None\n", "\n    def __call__(self, logits"),
         ('    "sparse": ("from", 1, None),\n', "}\n\n\nclass LlamaError("),
     ):
         assert source.count(before) == 1, before

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,4 +91,5 @@ def end(starter: int) -> None:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
-            cast(Any, pipe).close()
+            with suppress(BrokenPipeError):  # of what it has not read
+                cast(Any, pipe).close()

@@ -375,7 +375,7 @@ def damaged(
 
 
 UNVERIFIED = {".training.run_folder:verify": "lambda path, *_: read_fields(path / STATE)"}
-PLAIN_JSON = {".training.run_folder:read_fields": "lambda path: json.loads(path.read_bytes())"}
+PLAIN_JSON = {".training.run_folder:read_fields": "lambda path: __import__('json').loads(path.read_bytes())"}
 
 
 def foreign(path: Path) -> None:

@@ -283,7 +283,7 @@ def test_bad_prompts_are_refused(
 @pytest.mark.parametrize(
     ("options", "field", "says"),
     [
-        ((), "PROMPT", "got none, expected a text, or --prompts FILE"),
+        ((), "PROMPT", "got none, expected a text, piped input, or --prompts FILE"),
         (("the", "--prompts", "FILE"), "PROMPT", "got both a text and --prompts"),
         (("the", "--batch", "2"), "prompts", "got none"),
         (("the", "--json"), "prompts", "got none"),
