@@ -245,11 +245,11 @@ def test_a_run_of_llama2c_is_reproduced(name: str) -> None:
     """Twenty steps of its model and optimiser: each loss, rate and norm, and how each parameter changes over all.
 
     Both are in float32. The parameters change by 1 to 10 %: compared with themselves, they would agree untrained to
-    that. Rounding is amplified from step to step, more so in the deep models.
+    that. Rounding is amplified from step to step, more so in the deep models, whose recorded losses are off by 5e-6.
     """
     recording = load_recording(name)
     config, arrays, train = recording.config, recording.arrays, recording.train
-    norms, changes = (1e-2, 1e-3) if config.layers > 10 else (2e-5, 1e-4)
+    bound, norms, changes = (5e-5, 1e-2, 1e-3) if config.layers > 10 else (1e-5, 2e-5, 1e-4)
     settings = (train["learning_rate"], train["warmup_iters"], train["lr_decay_iters"], train["min_lr"])
 
     @jax.jit
@@ -271,7 +271,7 @@ def test_a_run_of_llama2c_is_reproduced(name: str) -> None:
             gradients = jax.tree.map(lambda a, b: a + b, gradients, from_llama2c(recording.under("grad."), config))
         gradients, norm = shrink(gradients)
         params, remembered = update(params, gradients, remembered, np.float32(rate))
-        assert_close(value, want, 1e-5, f"loss {step}")
+        assert_close(value, want, bound, f"loss {step}")
         assert_close(norm, arrays["train.grad_norm"][step], norms, f"norm {step}")
     last = from_llama2c(recording.under("train.param."), config)
     got, want = (jax.tree.map(lambda a, b: a - b, end, first) for end in (params, last))
