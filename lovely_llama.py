@@ -393,9 +393,8 @@ def loss(params: Params, tokens: Batch, targets: Batch, config: Config, first: B
 def clip(gradients: Any, limit: Number) -> tuple[Any, Float[Array, ""]]:
     """g · min(1, limit / ‖g‖), and ‖g‖, the norm over all leaves. Pascanu et al. 2013, arXiv:1211.5063, algorithm 1."""
     wide = jax.tree.map(float32_or_wider, gradients)
-    _, e = jnp.frexp(
-        jax.tree.reduce(jnp.maximum, jax.tree.map(lambda g: abs(g).max(), wide))
-    )  # so that no g² overflows
+    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda g: abs(g).max(), wide))
+    _, e = jnp.frexp(largest)  # 2ᵉ cancels; without it, squares overflow
     norm = jnp.ldexp(jnp.sqrt(sum((jnp.ldexp(g, -e) ** 2).sum() for g in jax.tree.leaves(wide))), e)
     return jax.tree.map(lambda g, w: (jnp.minimum(1, limit / norm) * w).astype(g.dtype), gradients, wide), norm
 
@@ -665,7 +664,7 @@ def checked_tokens(params: Params, tokens: Any, cache: Any, start: Any, config: 
     begin = 0 if isinstance(start, core.Tracer) else int(start)
     check("start", begin, 0 <= begin < config.ctx, f"a position from 0 to {config.ctx - 1}")
     limit = config.ctx - begin
-    ids = tokens if isinstance(tokens, core.Tracer) else jnp.asarray(check_tokens(tokens, config.vocab, limit))
+    ids: Any = tokens if isinstance(tokens, core.Tracer) else jnp.asarray(check_tokens(tokens, config.vocab, limit))
     end = begin + len(ids)
     check("tokens", f"{len(ids)} tokens", 0 < len(ids) <= limit, f"1 to {limit}")
     layers = len(cache.keys if isinstance(cache, Cache) else cache)

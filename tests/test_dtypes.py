@@ -22,7 +22,7 @@ SEEN = jnp.arange(29) % 3 == 0
 TREE = {"norm": 1 + 0.1 * RNG.standard_normal(7), "w": RNG.standard_normal((5, 7))}
 GRADIENTS = jax.tree.map(lambda leaf: 1e-4 * RNG.standard_normal(leaf.shape), TREE)
 LARGE = jax.tree.map(lambda leaf: 6e4 * leaf / abs(leaf).max(), TREE)
-LOW = ll.Adapter(RNG.standard_normal((4, 7)), RNG.standard_normal((5, 4)))
+LOW = ll.Adapter._make((RNG.standard_normal((4, 7)), RNG.standard_normal((5, 4))))
 LOGITS, TARGETS = 4 * RNG.standard_normal((3, 29)), np.array([28, -1, 5], np.int32)
 SAMPLING = ll.Sampling(1.3, 0.7, 20, 0.95, 0.01)
 
