@@ -8,7 +8,7 @@ where an axis has one name everywhere. The length of each of these is the `Confi
     head_dim  width of a head                           hidden_dim  width inside the feed-forward
     layers    blocks, each fed by the one before
 
-Others depend on the call: `ctx`, positions of a cache (`config.ctx`: as many as a model is for); `seq`, tokens;
+Others depend on the call: `ctx`, positions of a cache (`config.ctx`: the most a model is meant for); `seq`, tokens;
 `pairs`, head_dim / 2 planes of rotation; `n`, any number; `batch`, sequences; an adapter's `rank`, `inputs`, `outputs`.
 
 Matrices are stored [out, in] and applied as W @ x. A rotary pair is two neighbouring rows, as in Meta's and llama2.c's
@@ -417,7 +417,7 @@ def adamw(
     params: Any, gradients: Any, moments: Moments, rate: Number, decay: Number,
     betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
 ) -> tuple[Any, Moments]:  # fmt: skip
-    """One step of Adam with decoupled weight decay, which spares gains, known by their names in the tree.
+    """One step of Adam with decoupled weight decay. Gains, recognised by their names in the tree, do not decay.
 
         m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  θ ← θ − η (m̂/(√v̂ + ε) + λθ),  m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
 
@@ -671,7 +671,7 @@ def checked_tokens(params: Params, tokens: Any, cache: Any, start: Any, config: 
     check("cache", f"{layers} layers", layers == config.layers, config.layers)
     room = jax.tree.leaves(cache)[0].shape[-2]
     check("cache", f"{room} positions", end <= room, f"at least {end}")
-    later = np.greater(0 if isinstance(start + first, core.Tracer) else first, range(begin, end))
+    later = np.greater(0 if isinstance(start + first, core.Tracer) else first, range(begin, end))  # either is traced
     check("first", "a later token", not np.any(later), "no later one")
     return ids
 

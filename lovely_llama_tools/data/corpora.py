@@ -23,12 +23,12 @@ IDS, DESCRIPTION = "tokens.bin", "data.json"  # files of a folder that `prepare`
 STANDARD_LIBRARY = 2**22  # bytes of its source code used as a corpus
 
 
-# What programs and systems scatter among other files: hidden files, backups, caches of pictures, rescued parts.
+# What operating systems and editors leave in folders: hidden files, backups, thumbnails, recovered fragments.
 LITTER = (".*", "*~", "#*#", "Thumbs.db", "desktop.ini", "__MACOSX", "lost+found", "@eaDir")
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or a folder of this name is none of a user's own, nor of ours."""
+    """Whether a file or folder of this name was left by an operating system or an editor."""
     return any(fnmatchcase(name, pattern) for pattern in LITTER)
 
 

@@ -65,7 +65,7 @@ class Child:
                 self.error, self.ends = rest, int(kind)
         if not said:
             self.status = self.process.wait()
-            if self.error and self.status == -signal.SIGABRT:  # by the runtime, because process 0 was faster to end
+            if self.error and self.status == -signal.SIGABRT:  # the runtime aborts the others once process 0 ends
                 self.status = self.ends
         return bool(said)
 

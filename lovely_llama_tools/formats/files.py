@@ -147,8 +147,8 @@ SUFFIXES = {".gguf": "gguf", ".bin": "llama2c-v0"}
 
 
 def format_of(path: Path) -> str:
-    """The format that a name stands for. A suffix such as those of files is one of `SUFFIXES`, unless it is a version:
-    .xyz is refused, while run.v2 and SmolLM2-1.7B are names of folders."""
+    """The format by a path's suffix, Hugging Face's for a folder. Unknown suffixes such as .xyz are refused; the end of
+    run.v2 or SmolLM2-1.7B is a version, not a suffix."""
     suffix = path.suffix.lower()
     folder = path.is_dir() or not re.fullmatch(r"\.(?!v\d)[a-z][a-z0-9_]*", suffix)
     how = f"{', '.join(SUFFIXES)}, none for a folder, or --to with one of {', '.join(WRITERS)}"
@@ -202,11 +202,11 @@ def save(
 
 
 def opened(path: Path) -> None:
-    """Open a checkpoint, and close it."""
+    """Check that a path can be opened as a checkpoint."""
     with ExitStack() as files:
         opener(path)(path, files)
 
 
 def is_owner(path: Path) -> bool:
-    """Whether this is a model whose tokenizer is in files beside it, or what makes its folder one."""
+    """Whether a model that keeps its tokenizer in files beside it is here: as this file, or marked by it."""
     return path.name in FOLDERS or is_llama2c(path)

@@ -118,7 +118,7 @@ def compiled(task: Task, part: Slice, sizes: dict[str, int], debug: bool) -> dic
 
 
 class Estimate(NamedTuple):
-    """What formulas alone say of a mesh; of CPUs there are no data sheets, and so no seconds."""
+    """An estimate for a mesh by formula alone. There are no seconds for CPUs, which have no data sheet here."""
 
     mesh: dict[str, int]
     held: float  # bytes, by a device

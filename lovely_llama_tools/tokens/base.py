@@ -33,7 +33,7 @@ class Tokenizer(NamedTuple):
     eos: int | None = None
     templates: Mapping[str, str] = {}
     sampling: Sampling | None = None  # what the model recommends
-    unstated: frozenset[str] = frozenset()  # the fields of `sampling` at which it says nothing, and `do_sample`
+    unstated: frozenset[str] = frozenset()  # fields of `sampling` that the model does not state, and `do_sample`
     settings: Mapping[str, Any] = {}  # what else tokenizer_config.json says, such as pad_token and model_max_length
 
     def __repr__(self) -> str:

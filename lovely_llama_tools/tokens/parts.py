@@ -1,4 +1,4 @@
-"""Long texts in parts that have, one after the other, the tokens of the whole; for memory is needed by the part."""
+"""Long texts tokenized in parts, to the same tokens as in one go, so that memory does not grow with the text."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ LINE, WORD, ANYWHERE = (re.compile(rf"(?s).*{last}") for last in (r"\S\n(?=\S)",
 
 
 def places(tokenizer: Tokenizer) -> list[re.Pattern[str]]:
-    """Where texts may be divided: at the end of a match, which is the last there is.
+    """Patterns whose last match in a text ends where the text may be divided.
 
     A tokenizer's regular expression, or its vocabulary, has a boundary between two lines that end and start with a
     visible character, and after a word before white space. The latter, unless a token extends over it.
@@ -30,7 +30,7 @@ def places(tokenizer: Tokenizer) -> list[re.Pattern[str]]:
 
 
 def divide(tokenizer: Tokenizer, text: str, at: list[re.Pattern[str]]) -> int:
-    """How many characters may be tokenized apart from the others; 0 where there is no place."""
+    """The length of the longest prefix that can be tokenized on its own; 0 if there is none."""
     check("text", f"{len(text)} characters in one word", len(text) <= LONGEST, f"at most {LONGEST} without a space")
     for end in (found.end() for found in (place.match(text) for place in at) if found):
         before, after = text[max(0, end - AROUND) : end], text[end : end + AROUND]
@@ -41,7 +41,7 @@ def divide(tokenizer: Tokenizer, text: str, at: list[re.Pattern[str]]) -> int:
 
 
 def divided(tokenizer: Tokenizer, text: str) -> Iterator[str]:
-    """The parts of a text, which is one of them where it is short."""
+    """Split a text into parts; a short one is a single part."""
     begin, size, at = 0, BLOCK, places(tokenizer) if len(text) > BLOCK else []
     while begin + size < len(text):
         end = divide(tokenizer, text[begin : begin + size], at)
@@ -52,7 +52,7 @@ def divided(tokenizer: Tokenizer, text: str) -> Iterator[str]:
 
 
 def continue_text(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
-    """The tokens of what comes after other text.
+    """Tokenize the continuation of a text.
 
     Some tokenizers insert a space at the start of every text. A continuation is therefore encoded after a newline,
     where none is inserted, and the newline is dropped again.

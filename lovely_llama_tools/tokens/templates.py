@@ -20,7 +20,7 @@ from .base import check_text
 
 LONGEST = 2**20  # characters of a template
 LOCK = threading.Lock()  # over the process that renders
-RENDERERS = dict[int, "subprocess.Popen[bytes]"]()  # by the process that has started one: a fork starts its own
+RENDERERS = dict[int, "subprocess.Popen[bytes]"]()  # by process id, so that a fork starts its own
 
 
 def check_template(template: str, field: str, file: object) -> None:
@@ -53,7 +53,7 @@ def render(source: str, values: Mapping[str, Any]) -> str:
 
 
 def ask(request: bytes) -> dict[str, str]:
-    """What the process that renders says; it is started where there is none, and has ended where a bound was met."""
+    """The renderer's answer. It is started when first needed, and after it has ended at one of its bounds."""
     here = os.getpid()
     if here not in RENDERERS:
         RENDERERS[here] = start()

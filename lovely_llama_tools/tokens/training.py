@@ -13,12 +13,12 @@ from .pieces import sentencepiece_tokenizer
 from .pipelines import byte_letters, json_tokenizer
 
 SPECIALS = ("[UNK]", "[PAD]", "[BOS]", "[EOS]")
-WORD = 2**16  # characters of one kind in a row, all of which are in memory many times over
+WORD = 2**16  # the longest run of characters of one kind: a trainer holds each run many times over
 LINE = 4192  # bytes of a line that SentencePiece does not skip
 
 
 def words(corpus: Iterable[str]) -> Iterator[str]:
-    """The texts of a corpus, unless one is a single word, as it were."""
+    """The texts of a corpus. One with an overlong run of letters, digits, spaces or signs is refused."""
     for text in corpus:
         longest = max(map(len, re.findall(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+", text)), default=0)
         expected = f"at most {WORD} in a word, or a token for each character"

@@ -269,7 +269,7 @@ def train_step(
 
 
 def diverged(run: Run, what: str, got: str) -> FloatingPointError:
-    """The error of a run that is learning no more. Nothing has been saved since it had numbers."""
+    """The error that ends a run whose loss or gradient is not a number; the last checkpoint precedes it."""
     run.checkpointer.wait()
     last = step_path(run.folder, steps(run.folder)[-1])
     how = f"a finite one: a lower --lr may help, and {last} is still good"
