@@ -1,7 +1,8 @@
 """Part 6: samplers against their definitions in plain Python."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 
 import lovely_llama as ll
+from lovely_llama_tools.fast import samplers
 
 INF = math.inf
 quick = settings(deadline=None, max_examples=100, derandomize=True, database=None)
@@ -236,6 +238,34 @@ def test_neutral_sampling_only_shifts_logits() -> None:
     near(got, cooled(steep[:5], 1))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda x: ll.top_k(x, 0), lambda x: ll.top_p(x, 1e-46), lambda x: ll.top_p(x, -1.0), lambda x: ll.min_p(x, 2.0),
+        lambda x: samplers.top_k(x, 0), lambda x: samplers.top_p(x, 1e-46), lambda x: samplers.top_p(x, -1.0),
+    ],
+)  # fmt: skip
+def test_the_likeliest_token_stays_whatever_is_asked(sampler: Callable[..., Any], dtype: Any) -> None:
+    """Where none remained, token 0 would be drawn."""
+    kept = jit(sampler)(jnp.array([0, 3, 3, 1], dtype))
+    assert np.isfinite(np.asarray(kept, float)).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1e39), ("repetition_penalty", 1e-46), ("temperature", 1e39), ("temperature", 10**400),
+        ("top_p", 1e-46), ("min_p", 1 + 1e-6),
+    ],
+)  # fmt: skip
+def test_values_are_checked_as_the_float32_that_they_become(name: str, value: Any) -> None:
+    with pytest.raises(ll.LlamaError) as caught:
+        ll.check_sampling(ll.Sampling(**{name: value}), 7)
+    assert caught.value.field == name
+    ll.check_sampling(ll.Sampling(min_p=1 + 1e-9), 7)
+
+
 # ---- Drawing a token -------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +313,8 @@ def test_temperature_0_draws_the_likeliest(t: float) -> None:
 def test_non_finite_logits_yield_no_token(bad: float, sampling: ll.Sampling) -> None:
     assert draws([0.0, 1.0, bad, 2.0], sampling, 0, [5]) == [-1]
     assert draws([bad] * 4, sampling, 0, [5]) == [-1]
+    _, seen = ll.choose(jax.random.key(0), jnp.array(5), array([bad] * 4), jnp.zeros(4, bool), sampling)
+    assert not seen.any()
 
 
 @pytest.mark.parametrize("penalty", [1e-40, 1e-38, 3e38])
