@@ -82,7 +82,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def best_of(path: Path) -> Path:
     """The best checkpoint in the folder of a training run; another path as it is."""
-    if not path.is_dir() or any((path / name).exists() for name in FOLDERS):
+    if not os.path.isdir(path) or any((path / name).exists() for name in FOLDERS):
         return path
     if (path / BEST).is_dir():
         check_inside(path / BEST, path)

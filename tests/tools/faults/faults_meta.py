@@ -322,7 +322,7 @@ D5 = {
     "another hidden_dim": folder(params(multiple_of=64), W1, r"expected \(128, 32\)", Unlike),
     "another vocab_size": folder(params(vocab_size=41), "tok_embeddings.weight", r"expected \(41, 32\)", Unlike),
     **{
-        f"n_layers={n}": folder(params(n_layers=n), "n_layers", "no more than", MemoryError, ENDLESS)
+        f"n_layers={n}": folder(params(n_layers=n), "n_layers", "at most", MemoryError, ENDLESS)
         for n in (2**20, MOST)
     },
     "n_layers=3": folder(params(n_layers=3), "tensors", "9 missing", KeyError),
