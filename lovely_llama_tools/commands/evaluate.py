@@ -8,10 +8,10 @@ from lovely_llama import LlamaError, check
 
 from ..data.corpora import read_text
 from ..formats.files import load
-from ..inference.harness import run_tasks
+from ..inference.harness import metrics, run_tasks, tables
 from ..inference.scoring import Score, perplexity
 from ..strict_json import nulled, to_json
-from .options import MESH, MODEL, READING, add_command, chosen_mesh, ids, whole
+from .options import MESH, MODEL, READING, add_command, chosen_mesh, ids, number, whole
 
 OPTIONS = {
     "model": {
@@ -28,16 +28,23 @@ OPTIONS = {
     "lm-eval": {
         "--tasks": dict(metavar="NAME,…", help="run these tasks of lm-eval instead"),
         "--include-path": dict(metavar="DIR", help="folder of your own tasks"),
-        "--limit": dict(type=whole, metavar="N", help="use the first N examples of each task only"),
+        "--limit": dict(
+            type=number, metavar="N", help="use the first N examples of each task only; below 1, this part of them"
+        ),
+        "--num-fewshot": dict(type=whole, metavar="N", help="examples before each question (default: the task's)"),
+        "--apply-chat-template": dict(
+            action="store_true", help="put questions as a conversation, by the model's template"
+        ),
+        "--batch-size": dict(type=whole, default=1, metavar="N", help="requests computed at a time (default: 1)"),
     },
     "output": {"--json": dict(action="store_true", help="print JSON")},
 }
 ABOUT = """Measure the perplexity of MODEL on texts, each scored by itself in overlapping windows, or its results on
 tasks of lm-eval."""
 EXAMPLES = """
-lovely-llama evaluate run/best notes.txt
-lovely-llama evaluate run/best book.txt notes.txt --ctx 64 --json
-cat notes.txt | lovely-llama evaluate run/best -
+lovely-llama evaluate run/best book.txt notes.txt --ctx 64
+cat notes.txt | lovely-llama evaluate run/best - --json
+lovely-llama evaluate run/best --tasks own --include-path tasks --num-fewshot 2
 """
 EXTRAS = {"eval": "--tasks", **READING}
 
@@ -52,24 +59,30 @@ def evaluate(args: argparse.Namespace) -> None:
     """Print the results, one a line."""
     check("TEXT", "both texts and --tasks", not (args.texts and args.tasks), "one of them")
     check("TEXT", "none", bool(args.texts or args.tasks), "a file, - for stdin, or --tasks")
-    report = on_tasks(args) if args.tasks else on_texts(args)
+    found = on_tasks(args) if args.tasks else None
+    report = on_texts(args) if found is None else metrics(found)
     if args.json:
         print(to_json(nulled(report), ensure_ascii=False, indent=2))
         return
-    width = max(20, *(len(name) + 2 for name in report))
+    if found is not None:
+        print(tables(found))
+        return
     for name, value in report.items():
         shown = f"{value:.6g}" if isinstance(value, float) else "unknown" if value is None else value
-        shown = f"{shown:,}" if isinstance(shown, int) else shown  # lm-eval has N/A among its numbers
-        print(f"{name.replace('_', ' '):<{width}}{shown}")
+        shown = f"{shown:,}" if isinstance(shown, int) else shown
+        print(f"{name.replace('_', ' '):<20}{shown}")
 
 
-def on_tasks(args: argparse.Namespace) -> dict[str, Any]:
-    """The metrics of tasks, by task and name."""
-    check("limit", args.limit, args.limit is None or args.limit > 0, "a whole number from 1")
-    results = run_tasks(
-        load(args.model, mesh=chosen_mesh(args.mesh)), args.tasks.split(","), args.include_path, args.limit
-    )
-    return {f"{task} {name}": value for task, found in results.items() for name, value in found.items()}
+def on_tasks(args: argparse.Namespace) -> Any:
+    """What lm-eval finds."""
+    limit, shots, size = args.limit, args.num_fewshot, args.batch_size
+    good = limit is None or 0 < limit < 1 or (limit >= 1 and limit == int(limit))
+    check("limit", limit, good, "a whole number from 1, or a part below 1", "arguments")
+    check("num_fewshot", shots, shots is None or shots >= 0, "a whole number from 0", "arguments")
+    check("batch_size", size, size > 0, "a whole number from 1", "arguments")
+    model, tasks = load(args.model, mesh=chosen_mesh(args.mesh)), args.tasks.split(",")
+    how = {"limit": limit, "num_fewshot": shots, "apply_chat_template": args.apply_chat_template}
+    return run_tasks(model, tasks, args.include_path, size, **how)
 
 
 def on_texts(args: argparse.Namespace) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def over() -> Any:
 
 
 @jax.jit
-def rows_begin(params: Params, tokens: Int[Array, "batch 1"]) -> Float[Array, "batch 1 dim"]:
-    """`embed` for the token of each row."""
+def rows_begin(params: Params, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq dim"]:
+    """`embed` for the tokens of each row."""
     return vmap(lambda tokens: embed(params, tokens), spmd_axis_name=over())(tokens)
 
 

@@ -30,13 +30,8 @@ def chat_prompt(
     """
     if tokenizer is None:
         raise LlamaError("model", "chat_template", "none", "a template: this model continues texts, with `generate`")
-    source, named = tokenizer.template if template is None else tokenizer.templates.get(template), tokenizer.templates
-    if source is None:
-        which = f"one of {', '.join(named)}" if named else "a template: this model continues texts, with `generate`"
-        raise LlamaError("model", "chat_template", template or "none", which)
-    for value in (value for message in messages for value in message.values()):
-        check("message", type(value).__name__, isinstance(value, str), "texts only")
-        check_text("message", value)
+    source = template_of(tokenizer, template)
+    check_messages(messages)
     # A special token's name in a message passes through the template as its id between two marks, which occur nowhere.
     written = "".join(value for message in messages for value in message.values()) + source
     mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in written)
@@ -47,9 +42,7 @@ def chat_prompt(
 
     escaped = [{key: escape(value) for key, value in message.items()} for message in messages]
     name_of = {token: name for name, token in tokenizer.specials.items()}
-    bos, eos = ("" if token is None else name_of.get(token, "") for token in (tokenizer.bos, tokenizer.eos))
-    usual = {"tools": None, "documents": None, "add_generation_prompt": True, "bos_token": bos, "eos_token": eos}
-    text = render(source, {"messages": escaped, **usual, **values})
+    text = rendered(tokenizer, source, escaped, values)
     if mark not in text:
         return [*chain.from_iterable(encode_parts(tokenizer, text, True))]
     tokens = list[int]()
@@ -58,3 +51,38 @@ def chat_prompt(
         tokens += chain.from_iterable(encode_parts(tokenizer, part)) if part else []
         tokens += [] if token is None else [token]
     return tokens
+
+
+def chat_text(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], template: str | None = None, **values: Any
+) -> str:
+    """What the template makes of messages, as a text: nothing tells a special token's name in a message from the
+    template's own."""
+    check_messages(messages)
+    return rendered(tokenizer, template_of(tokenizer, template), messages, values)
+
+
+def template_of(tokenizer: Tokenizer, name: str | None) -> str:
+    """The source of the model's template, or of one of several by its name."""
+    source, named = tokenizer.template if name is None else tokenizer.templates.get(name), tokenizer.templates
+    if source is None:
+        which = f"one of {', '.join(named)}" if named else "a template: this model continues texts, with `generate`"
+        raise LlamaError("model", "chat_template", name or "none", which)
+    return source
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse messages with anything but texts in them."""
+    for value in (value for message in messages for value in message.values()):
+        check("message", type(value).__name__, isinstance(value, str), "texts only")
+        check_text("message", value)
+
+
+def rendered(
+    tokenizer: Tokenizer, source: str, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
+) -> str:
+    """The template's text, with the variables that transformers gives it besides these."""
+    name_of = {token: name for name, token in tokenizer.specials.items()}
+    bos, eos = ("" if token is None else name_of.get(token, "") for token in (tokenizer.bos, tokenizer.eos))
+    usual = {"tools": None, "documents": None, "add_generation_prompt": True, "bos_token": bos, "eos_token": eos}
+    return render(source, {"messages": [*messages], **usual, **values})

@@ -29,10 +29,11 @@ from lovely_llama import (
 
 from ..devices.programs import Program
 from ..extras import progress
-from ..fast.layers import block, embed
+from ..fast.layers import block
 from ..formats.model import Model
 from ..tokens import check_text, encode_parts
-from .caches import new_cache, running
+from .batch import over, rows_begin
+from .caches import everywhere, groups, new_cache, running
 
 CTX = 2048  # default window, unless the model's context is shorter
 PIECE = 64  # tokens whose logits are in memory at a time; windows are padded to PIECE · 2ⁿ
@@ -85,34 +86,61 @@ def negative_log_likelihoods(
 
 
 @partial(Program, static_argnames="config")
-def layer(w: Block, x: Float[Array, "seq dim"], cache: Cache, config: Config) -> Float[Array, "seq dim"]:
-    """`block` for tokens from position 0 on, without the resulting cache."""
-    return block(w, x, cache, positions(0, len(x), config), config.eps)[0]
+def layer(w: Block, x: Float[Array, "batch seq dim"], cache: Cache, config: Config) -> Float[Array, "batch seq dim"]:
+    """`block` for the tokens of every row, from position 0 on, without the resulting cache."""
+
+    def row(x: Array, cache: Cache) -> Array:
+        return block(w, x, cache, positions(0, len(x), config), config.eps)[0]
+
+    return vmap(row, spmd_axis_name=over())(x, cache)
 
 
-read = jax.jit(embed)
-score = Program(negative_log_likelihoods, static_argnames="config")
+@partial(Program, static_argnames="config")
+def score(
+    params: Params, x: Float[Array, "batch seq dim"], targets: Int[Array, "batch seq"], config: Config
+) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """`negative_log_likelihoods` for every row."""
+    return vmap(lambda x, t: negative_log_likelihoods(params, x, t, config), spmd_axis_name=over())(x, targets)
 
 
 def scores(model: Model, tokens: Sequence[int], targets: Sequence[int]) -> Scores:
-    """Score targets: target i given tokens 0 … i. Causality makes padding at the end harmless."""
-    config, params, count = model.config, model.params, len(tokens)
-    check_tokens(tokens, config.vocab, config.ctx)
-    check_tokens(targets, config.vocab, count)
-    size = PIECE
-    while size < count:
-        size *= 2
-    padded, wanted = (np.array([*ids, *[0] * (size - count)], np.int32) for ids in (tokens, targets))
-    ends = params._replace(blocks=())
-    with running(params):
-        (cache,) = new_cache(params, replace(config, layers=1), size)
-        x = read(ends, padded)
-        for w in params.blocks:
-            x = layer(w, x, cache, config)
-        nats, likeliest = (np.asarray(array)[:count] for array in score(ends, x, jnp.asarray(wanted), config))
-    if not np.isfinite(nats).all():
-        raise FloatingPointError("model: logits: got NaN or ∞, expected numbers")
-    return Scores(nats, likeliest)
+    """Score targets: target i given tokens 0 … i."""
+    ((_, found),) = scored(model, [(tokens, targets)], 1)
+    return found
+
+
+def scored(
+    model: Model, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch: int
+) -> Iterator[tuple[int, Scores]]:
+    """`scores` of many rows of tokens and targets, `batch` at a time, the longest first: each with its number.
+
+    Causality makes padding at the end harmless. Rows that fill up a batch are computed too, and ignored.
+    """
+    config, params = model.config, model.params
+    for tokens, targets in rows:
+        check_tokens(tokens, config.vocab, config.ctx)
+        check_tokens(targets, config.vocab, len(tokens))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    ends, each, batch = params._replace(blocks=()), groups(params), min(batch, len(rows))
+    for some in (order[i : i + batch] for i in range(0, len(order), batch)):
+        size = PIECE
+        while size < len(rows[some[0]][0]):
+            size *= 2
+        padded, wanted = np.zeros((2, -(-batch // each) * each, size), np.int32)
+        for row, i in enumerate(some):
+            tokens, targets = rows[i]
+            padded[row, : len(tokens)], wanted[row, : len(tokens)] = tokens, targets
+        with running(params):
+            (cache,) = new_cache(params, replace(config, layers=1), size, len(padded))
+            x = rows_begin(ends, everywhere(params, padded))
+            for w in params.blocks:
+                x = layer(w, x, cache, config)
+            nats, likeliest = (np.asarray(array) for array in score(ends, x, everywhere(params, wanted), config))
+        for row, i in enumerate(some):
+            found = Scores(nats[row, : len(rows[i][0])], likeliest[row, : len(rows[i][0])])
+            if not np.isfinite(found.nats).all():
+                raise FloatingPointError("model: logits: got NaN or ∞, expected numbers")
+            yield i, found
 
 
 def windows(count: int, ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:

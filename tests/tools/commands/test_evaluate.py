@@ -158,16 +158,5 @@ def test_nothing_to_evaluate_is_refused(folder: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     shown = capsys.readouterr().out
-    for option in ("MODEL", "TEXT", "--ctx", "--stride", "--tasks", "--include-path", "--limit", "--json"):
+    for option in ("MODEL", "TEXT", "--ctx", "--stride", "--tasks", "--include-path", "--num-fewshot", "--json"):
         assert option in shown
-
-
-def test_long_names_stand_apart_from_their_values(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {"a_task_of_a_long_name": {"acc": 0.25, "acc_norm_stderr": 0.5}}
-    monkeypatch.setattr("lovely_llama_tools.commands.evaluate.run_tasks", lambda *_: found)
-    assert main(["evaluate", str(folder), "--tasks", "a"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.rpartition("  ")[2] for line in lines] == ["0.25", "0.5"]
-    assert len({line.rindex(" ") for line in lines}) == 1

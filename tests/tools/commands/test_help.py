@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -44,7 +45,9 @@ def sections(help: str) -> dict[str, list[str]]:
 def manuals(*words: str) -> dict[tuple[str, ...], str]:
     """The help of a command, and of the commands within it."""
     help = printed(*words, "--help")
-    within = [name for entry in sections(help).get("commands", []) for name in re.findall(r"^    (\w+)\b", entry, re.M)]
+    within = [
+        name for entry in sections(help).get("commands", []) for name in re.findall(r"^    ([\w-]+)\s", entry, re.M)
+    ]
     return {words: help} | {key: text for name in within for key, text in manuals(*words, name).items()}
 
 
@@ -53,7 +56,7 @@ EXAMPLES = [*dict.fromkeys(line.strip() for help in MANUALS.values() for line in
 
 
 def test_every_command_has_a_manual() -> None:
-    assert len(MANUALS) == 17 and len(EXAMPLES) > 30
+    assert len(MANUALS) == 18 and len(EXAMPLES) > 30
     assert all(words == () or words[0] in printed() for words in MANUALS)
 
 
@@ -98,6 +101,7 @@ def shell(line: str, folder: Path) -> str:
     """Run a line in a folder, without a network, as a user whose shell finds the program."""
     paths = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": paths, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TPU_LIBRARY_PATH": str(LIBTPU)}
+    env |= {"HF_HOME": str(folder / "hub")}
     done = subprocess.run(
         ["sh", "-c", line], cwd=folder, env=env, input="", capture_output=True, text=True, timeout=300
     )
@@ -113,6 +117,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "README.md", where / "book.txt")
     (where / "notes.txt").write_text(200 * "To be, or not to be: that is the question.\n")
     (where / "prompts.txt").write_text("To be\nHello\n")
+    (where / "tasks").mkdir()
+    (where / "tasks" / "own.jsonl").write_text(
+        "".join(f'{{"q": "To be, or", "a": "{a}"}}\n' for a in ("not", "so", "be"))
+    )
+    read = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(where / "tasks" / "own.jsonl")}}}
+    task = {"task": "own", **read, "test_split": "test", "fewshot_split": "test", "output_type": "loglikelihood"}
+    task |= {"doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "metric_list": [{"metric": "perplexity"}]}
+    (where / "tasks" / "own.yaml").write_text(json.dumps(task))
     shell(sections(MANUALS[("train",)])["examples"][0].strip() + SMALL, where)
     return where
 
