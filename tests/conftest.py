@@ -21,6 +21,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook(["lovely_llama", "lovely_llama_tools"], "checker.check_types")  # checks every call in this process
 
+pytest.register_assert_rewrite("small_runs")  # so that a failure there says what differs
+
 from asserts import QUICK  # noqa: E402 -- after the hook
 from builders import LLAMA2_C, RECORDED, Recording, load_recording  # noqa: E402 -- after the hook
 from machine import processor  # noqa: E402
