@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 Number = float | int | Float[Array, ""] | Int[Array, ""]
 Ids = Integer[Array | np.ndarray, " seq"]
 Logits = Float[Array, " vocab"]
+GAINS = {"attn_norm", "ffn_norm", "norm"}  # the fields that hold gains: 1 at first, and spared by weight decay
 
 
 # ---- 1. Nouns: the configuration, the parameters, the cache, the positions -------------------------------------------
@@ -165,10 +166,10 @@ def rope_frequencies(config: Config) -> Float[Array, " pairs"]:
     return jnp.asarray(κ * f + (1 - κ) * (f / scaling.factor))
 
 
-def rope_angles(position: Int[Array, ""], config: Config) -> Float[Array, " pairs"]:
+def rope_angles(position: Int[Array, ""] | int, config: Config) -> Float[Array, " pairs"]:
     """Each pair's angle at position m: m fᵢ radians, in float32 or wider whatever the dtype of the parameters."""
     f = rope_frequencies(config)
-    return f * position.astype(f.dtype)
+    return f * jnp.asarray(position, f.dtype)
 
 
 def rope(x: Float[Array, " head_dim"], angles: Float[Array, " pairs"]) -> Float[Array, " head_dim"]:
@@ -223,7 +224,7 @@ def swiglu(
 # ---- 3. Assembly -----------------------------------------------------------------------------------------------------
 def embed(params: Params, tokens: Ids) -> Float[Array, "seq dim"]:
     """The first layer's input: each token's row of E."""
-    return params.embed[tokens]
+    return jnp.asarray(params.embed)[tokens]
 
 
 def positions(start: Number, seq: int, config: Config, first: Ids | int = 0) -> Positions:
@@ -285,8 +286,7 @@ def readout(params: Params, x: Float[Array, " dim"], eps: Number) -> Float[Array
 
 def empty_cache(config: Config, ctx: int, dtype: Any) -> tuple[Cache, ...]:
     """A cache of ctx positions for every layer."""
-    shape = (config.kv_heads, ctx, config.head_dim)
-    return tuple(Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
+    return tuple(Cache(*jnp.zeros((2, config.kv_heads, ctx, config.head_dim), dtype)) for _ in range(config.layers))
 
 
 def llama(
@@ -310,7 +310,7 @@ def logits(
     params: Params, tokens: Ids | Sequence[int], config: Config, first: Ids | int = 0
 ) -> Float[Array, "seq vocab"]:
     """`llama` from position 0, without the cache."""
-    cache = empty_cache(config, np.size(tokens), params.embed.dtype)
+    cache = empty_cache(config, np.size(tokens), jnp.result_type(params.embed))
     return llama(params, tokens, cache, 0, config, first)[0]
 
 
@@ -342,9 +342,6 @@ def count(config: Config) -> int:
     one = shapes(replace(config, layers=1))
     whole, layer = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (one, one.blocks))
     return whole + (config.layers - 1) * layer
-
-
-GAINS = {"attn_norm", "ffn_norm", "norm"}  # the fields that hold gains: 1 at first, and spared by weight decay
 
 
 def init(rng: Key[Array, ""], config: Config) -> Params:
@@ -444,8 +441,7 @@ def adamw(
 def learning_rate(step: int, peak: float | int, warmup: int, steps: int, final: float | int) -> float | int:
     """The rate of a step, counted from 0: linear up to peak at `warmup`, then half a cosine down to final at `steps`.
 
-    Loshchilov & Hutter 2017, arXiv:1608.03983, eq. (5), without restarts. As in llama2.c a warm-up begins at 0, so that
-    its first step fills the moments and leaves the parameters as they are."""
+    Loshchilov & Hutter 2017, arXiv:1608.03983, eq. (5), without restarts; the warm-up begins at 0, as in llama2.c."""
     if step < warmup:
         return peak * step / warmup
     turn = (min(step, steps) - warmup) / max(steps - warmup, 1)
@@ -610,9 +606,12 @@ def check_config(config: Any, file: object = "config") -> None:
         size = getattr(config, field)
         must(field, repr(size), is_whole(size) and 1 <= size < 2**31, "a whole number from 1 to 2147483647")
     must("head_dim", config.head_dim, config.head_dim % 2 == 0, "an even number")
+    must("tied", repr(config.tied), isinstance(config.tied, bool), "True or False")
     must("eps", config.eps, is_number(config.eps) and bool(np.float32(config.eps) > 0), "a finite number above 0")
     must("theta", config.theta, is_number(config.theta) and config.theta > 1, "a finite number above 1")
-    kind, factor, ctx, low, high, scale = config.rope_scaling or RopeScaling("linear", 1)
+    scaling = RopeScaling("linear", 1) if config.rope_scaling is None else config.rope_scaling
+    must("rope_scaling", repr(scaling), isinstance(scaling, RopeScaling), "a RopeScaling, or None")
+    kind, factor, ctx, low, high, scale = scaling
     must("rope_scaling", kind, kind in ("linear", "llama3", "yarn"), "linear, llama3 or yarn")
     must("rope_scaling.factor", factor, is_number(factor) and factor >= 1, "a finite number of at least 1")
     if kind != "linear":
@@ -661,16 +660,17 @@ def check_tokens(tokens: Any, vocab: int, limit: int, file: object = "arguments"
 def checked_tokens(params: Params, tokens: Any, cache: Any, start: Any, config: Config, first: Any) -> Any:
     """The ids for `llama`, once all its arguments are found to fit; of what is traced, its shape."""
     check_params(params, config)
-    begin = 0 if isinstance(start, core.Tracer) else int(start)
-    check("start", begin, 0 <= begin < config.ctx, f"a position from 0 to {config.ctx - 1}")
+    begin = 0 if isinstance(start, core.Tracer) else np.asarray(start).tolist()
+    check("start", begin, is_whole(begin) and 0 <= begin < config.ctx, f"a position from 0 to {config.ctx - 1}")
     limit = config.ctx - begin
     ids: Any = tokens if isinstance(tokens, core.Tracer) else jnp.asarray(check_tokens(tokens, config.vocab, limit))
     end = begin + len(ids)
     check("tokens", f"{len(ids)} tokens", 0 < len(ids) <= limit, f"1 to {limit}")
     layers = len(cache.keys if isinstance(cache, Cache) else cache)
     check("cache", f"{layers} layers", layers == config.layers, config.layers)
-    room = jax.tree.leaves(cache)[0].shape[-2]
-    check("cache", f"{room} positions", end <= room, f"at least {end}")
+    held, own = jax.tree.leaves(cache)[0], jnp.result_type(params.embed)
+    check("cache", f"{held.shape[-2]} positions", end <= held.shape[-2], f"at least {end}")
+    check("cache", held.dtype, held.dtype == own, f"{own}, the dtype of the parameters")
     later = np.greater(0 if isinstance(start + first, core.Tracer) else first, range(begin, end))  # either is traced
     check("first", "a later token", not np.any(later), "no later one")
     return ids

@@ -253,6 +253,7 @@ def test_angles_match_float64(head_dim: int) -> None:
         exact = position * 5e5 ** (-np.arange(0, head_dim, 2) / head_dim)
         angles = angles_at(jnp.array(position))
         np.testing.assert_array_max_ulp(np.asarray(angles), exact.astype(np.float32), maxulp=2)
+        np.testing.assert_array_max_ulp(np.asarray(rope_angles(position, config)), exact.astype(np.float32), maxulp=2)
         # bfloat16 keeps 8 bits of the result, and float32 24 of the angle.
         bound = 2**-8 + 2**-24 * position
         assert_close(rope(x, angles), plain_rope(np.asarray(x, np.float64), exact), bound, f"position {position}")

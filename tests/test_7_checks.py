@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from asserts import assert_close
 from builders import SMALL, layers_of, random_params
 from jax import numpy as jnp
 
@@ -24,6 +25,8 @@ from lovely_llama import (
     check_tensors,
     check_tokens,
     count,
+    empty_cache,
+    llama,
     logits,
     loss,
 )
@@ -56,6 +59,11 @@ def test_published_configs_are_valid(name: str) -> None:
         *((size, size, value) for size in SIZES for value in (0, -2, 2**31, 4.0, "4", True)),
         ("head_dim", "head_dim", 7),
         *((name, name, value) for name in ("eps", "theta") for value in (0.0, -1e-5, math.nan, math.inf)),
+        *(("tied", "tied", value) for value in ("false", 0, None)),
+        *(
+            ("rope_scaling", "rope_scaling", value)
+            for value in ({}, {"kind": "linear", "factor": 2.0}, ("linear", 2.0))
+        ),
         ("rope_scaling", "rope_scaling", RopeScaling("dynamic", 2.0)),
         ("rope_scaling.factor", "rope_scaling", RopeScaling("linear", math.nan)),
         ("rope_scaling.factor", "rope_scaling", RopeScaling("linear", 0.0)),
@@ -146,6 +154,38 @@ def test_stacked_layers_are_refused_in_a_line_that_says_who_takes_them(layers: i
     if layers != SMALL.layers:
         with pytest.raises(LlamaError, match="expected 2 layers"):
             fast.logits(stacked, tokens, SMALL)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, jnp.bfloat16])
+def test_parameters_of_numpy_are_taken(dtype: Any, no_type_checks: None) -> None:
+    """They give what the same numbers in jax's arrays give, in a dtype that jax has."""
+    params, tokens = random_params(SMALL), jnp.array([1, 2, 3])
+    arrays = jax.tree.map(lambda w: np.asarray(w).astype(dtype), params)
+    want = logits(jax.tree.map(jnp.asarray, arrays), tokens, SMALL)
+    for function in (logits, fast.logits):
+        found = function(arrays, tokens, SMALL)
+        assert found.dtype == want.dtype
+        assert_close(found, want, 1e-5 if dtype in (np.float32, np.float64) else 3e-2, "logits")
+
+
+# ---- The position, and the cache -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [-1, 1.5, "1", True, SMALL.ctx, np.array(-1), np.array([0, 1])])
+def test_a_start_that_is_no_position_is_refused(start: Any, no_type_checks: None) -> None:
+    params, tokens, cache = random_params(SMALL), jnp.array([1, 2, 3]), empty_cache(SMALL, 8, jnp.float32)
+    for function in (llama, fast.llama):
+        with pytest.raises(LlamaError, match=f"start: got .*, expected a position from 0 to {SMALL.ctx - 1}"):
+            function(params, tokens, cache, start, SMALL)
+
+
+def test_a_cache_of_another_dtype_is_refused(no_type_checks: None) -> None:
+    """Under `jit` too: what is written into it would be rounded, or the program fail far from here."""
+    params, tokens = random_params(SMALL), jnp.array([1, 2, 3])
+    for function in (llama, fast.llama, jax.jit(llama, static_argnames="config")):
+        for other in ("bfloat16", "int32"):
+            with pytest.raises(LlamaError, match=rf"cache: got {other}, expected float32, the dtype of the"):
+                function(params, tokens, empty_cache(SMALL, 8, other), 0, config=SMALL)
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------

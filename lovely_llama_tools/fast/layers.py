@@ -118,6 +118,6 @@ def logits(
     first: Integer[Array | np.ndarray, " seq"] | int = 0, *, keep: str = "dots", size: int = BLOCK,
 ) -> Float[Array, "seq vocab"]:  # fmt: skip
     """`llama` from position 0, without the cache."""
-    caches = empty_cache(config, np.size(tokens), params.embed.dtype)
+    caches = empty_cache(config, np.size(tokens), jnp.result_type(params.embed))
     cache = vmap(lambda _: caches[0])(jnp.arange(config.layers)) if is_stacked(params) else caches
     return llama(params, tokens, cache, 0, config, first, keep=keep, size=size)[0]

@@ -20,7 +20,6 @@ from lovely_llama import (
     Params,
     Sampling,
     check,
-    check_params,
     is_whole,
     positions,
     readout,
@@ -30,7 +29,7 @@ from ..devices.partition import split
 from ..extras import counted
 from ..fast.layers import block, embed
 from ..formats.model import Model, free_memory
-from .caches import cache_sharding, everywhere, groups, new_cache, running
+from .caches import cache_sharding, everywhere, groups, new_cache, runnable, running
 from .generate import Generation, Session, checked, no_others, program, prompt_tokens
 
 BATCH = 8  # default number of prompts at a time: one pass over the weights then yields eight tokens
@@ -144,10 +143,10 @@ class Batch:
     """Rows that advance together, and their cache. Idle rows are computed too, and ignored."""
 
     def __init__(self, model: Model, size: int) -> None:
-        self.model, each = model, groups(model.params)
-        self.rows = list[Row | None]([None] * (each * max(1, -(-size // each))))
         self.session = Session(model)  # reads prompts one by one, a common prefix only once
-        self.cache: tuple[Cache, ...] = new_cache(model.params, model.config, 0, len(self.rows))
+        self.model, each = self.session.model, groups(self.session.model.params)
+        self.rows = list[Row | None]([None] * (each * max(1, -(-size // each))))
+        self.cache: tuple[Cache, ...] = new_cache(self.model.params, model.config, 0, len(self.rows))
 
     def enter(self, row: Row, tokens: list[int]) -> tuple[Float[Array, " vocab"], int]:
         """Read a prompt into its row of the cache."""
@@ -219,16 +218,16 @@ def generate_all(
 ) -> Iterator[Continuation]:  # fmt: skip
     """Continue many prompts, at most `batch` at a time: an iterator of their continuations, in order.
 
-    Prompt i, counted from 0, is continued as by `generate` with the seed (seed + i) mod 2³², so that repeated prompts
-    give different samples. Rows do not depend on each other; but matrix-matrix products sum in another order than
-    matrix-vector products, so logits differ from those of `generate` by rounding, about 1e-6 of their size, and tokens
-    only where two candidates are closer than that. All prompts are checked before the first is read.
+    A text by itself is one prompt. Prompt i, counted from 0, is continued as by `generate` with the seed
+    (seed + i) mod 2³², so that repeated prompts give different samples. Rows do not depend on each other; but
+    matrix-matrix products sum in another order than matrix-vector products, so logits differ from those of `generate`
+    by rounding, about 1e-6 of their size, and tokens only where two candidates are closer than that. All prompts are
+    checked before the first is read.
     """
     no_others("generate_all", others)
     check("batch", repr(batch), is_whole(batch) and batch > 0, "a whole number from 1")
     most, sampling, seed, stop = checked(model, max_new, sampling, seed, stop)
-    check_params(model.params, model.config)
-    read = list[list[int]]()
+    model, prompts, read = runnable(model), [prompts] if isinstance(prompts, str) else prompts, list[list[int]]()
     for i, prompt in enumerate(prompts):
         try:
             read.append(prompt_tokens(model, prompt))

@@ -10,9 +10,20 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from lovely_llama import Cache, Config, Params, empty_cache
+from lovely_llama import Cache, Config, Params, check_params, empty_cache
 
 from ..devices.partition import RULES, split
+from ..fast.layers import in_tuple
+from ..formats.model import Model
+
+
+def runnable(model: Model) -> Model:
+    """The model checked, its layers in a tuple, its parameters arrays of jax; itself where it is so already."""
+    params = in_tuple(model.params)
+    check_params(params, model.config)
+    ready = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    params = params if ready else jax.tree.map(jnp.asarray, params)
+    return model if params is model.params else model._replace(params=params)
 
 
 def mesh_of(params: Params) -> Mesh | None:

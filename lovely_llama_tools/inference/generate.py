@@ -21,7 +21,6 @@ from lovely_llama import (
     Params,
     Sampling,
     check,
-    check_params,
     check_sampling,
     check_tokens,
     is_whole,
@@ -35,9 +34,17 @@ from ..fast import choose
 from ..fast.layers import Caches, block, embed, fold_layers
 from ..formats.model import Model
 from ..tokens import Tokenizer, check_text
-from .caches import everywhere, new_cache, running
+from .caches import everywhere, new_cache, runnable, running
 
 PREFILL = (512, 256, 64)  # prompts are read in pieces of these lengths, each compiled once; the last one is padded
+
+# What other libraries call arguments of `generate`.
+ALIASES = {
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "max_gen_toks", "n_predict"), "max_new"),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop"),
+    **dict.fromkeys(("key", "rng", "random_seed"), "seed"),
+    "batch_size": "batch",
+}
 
 # One program serves all layers, so that compilation time does not depend on depth.
 program = partial(Program, static_argnames="config", compiler_options=WIDE_VECTORS)
@@ -89,8 +96,7 @@ class Session:
     """
 
     def __init__(self, model: Model) -> None:
-        check_params(model.params, model.config)
-        self.model, self.tokens = model, list[int]()
+        self.given, self.model, self.tokens = model, runnable(model), list[int]()
         self.room, self.cache = 0, tuple[Cache, ...]()
         self._lock, self._preparation = threading.Lock(), threading.Thread()
         self._prepared = 0
@@ -196,14 +202,25 @@ class Generation(Iterator[Any]):
         self.session, self.prompt, self.tokens, self.reason = session, prompt, list[int](), ""
         self.cached = 0  # prompt tokens found in the session's cache
         self.times: list[float] = []  # of the start and of each token
-        self.interrupted = False
+        self.interrupted, self.said = False, list[Any]()
         tokens, tokenizer = self._choose(max_new, sampling, seed, stop), session.model.tokenizer
         self.steps: Iterator[Any] = tokens if tokenizer is None else self._stream(tokens, tokenizer, stop)
 
     def __next__(self) -> Any:
         while (part := next(self.steps)) == "":
             pass
+        self.said.append(part)
         return part
+
+    def __str__(self) -> str:
+        """The whole text, or all ids. What has not been generated yet is generated now."""
+        for _ in self:
+            pass
+        return "".join(self.said) if self.session.model.tokenizer else str(self.said)
+
+    def __repr__(self) -> str:
+        """Likewise, so that a notebook shows it."""
+        return f"Generation({str(self)!r}, {self.reason!r})"
 
     def interrupt(self) -> None:
         """End before the next token. May be called from a thread or a signal handler."""
@@ -270,15 +287,16 @@ def generate(
     no_others("generate", others)
     settings, tokens = checked(model, max_new, sampling, seed, stop), prompt_tokens(model, prompt)
     session = session or Session(model)
-    same = all(a is b for a, b in zip(session.model, model, strict=True))
+    same = all(a is b for a, b in zip(session.given, model, strict=True))
     check("session", "one of another model", same, "a session of the model that is to continue")
     return Generation(session, tokens, *settings)
 
 
 def no_others(function: str, others: Mapping[str, object]) -> None:
-    """Refuse further arguments of a function, as Python does; of a sampler, with where it belongs."""
+    """Refuse further arguments of a function, as Python does; those with a name of their own here, by that name."""
     for name, value in others.items():
         check(name, repr(value), name not in Sampling._fields, f"sampling=Sampling({name}={value!r})")
+        check(name, repr(value), name not in ALIASES, f"{ALIASES.get(name)}={value!r}")
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 

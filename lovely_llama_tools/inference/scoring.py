@@ -33,7 +33,7 @@ from ..fast.layers import block
 from ..formats.model import Model
 from ..tokens import check_text, encode_parts
 from .batch import over, rows_begin
-from .caches import everywhere, groups, new_cache, running
+from .caches import everywhere, groups, new_cache, runnable, running
 
 CTX = 2048  # default window, unless the model's context is shorter
 PIECE = 64  # tokens whose logits are in memory at a time; windows are padded to PIECE · 2ⁿ
@@ -116,7 +116,7 @@ def scored(
 
     Causality makes padding at the end harmless. Rows that fill up a batch are computed too, and ignored.
     """
-    config, params = model.config, model.params
+    config, params = model.config, runnable(model).params
     for tokens, targets in rows:
         check_tokens(tokens, config.vocab, config.ctx)
         check_tokens(targets, config.vocab, len(tokens))

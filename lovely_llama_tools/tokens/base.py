@@ -22,7 +22,7 @@ CLONE_FILES = 0x400  # Linux, sched.h
 class Tokenizer(NamedTuple):
     """Text to ids and back."""
 
-    encode: Callable[[str, bool], list[int]]  # (text, whether the names of special tokens in it mean those tokens)
+    encode: Callable[..., list[int]]  # (text, special=False): whether the names of special tokens in it mean those
     pieces: Sequence[bytes]  # what each id adds to a text; nothing for a control token
     specials: Mapping[str, int]
     stops: frozenset[int]

@@ -15,7 +15,7 @@ class Characters:
     def __init__(self, characters: str) -> None:
         self.characters, self.ids = characters, {character: i for i, character in enumerate(characters)}
 
-    def __call__(self, text: str, special: bool) -> list[int]:
+    def __call__(self, text: str, special: bool = False) -> list[int]:
         check_text("text", text)
         unknown = sorted({*text} - self.ids.keys())
         check("text", f"characters {unknown}", not unknown, "characters that are in the vocabulary")

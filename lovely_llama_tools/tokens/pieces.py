@@ -75,7 +75,7 @@ class SentencePiece:
             named.id_to_piece(i): i for i in ids if named.is_control(i) or named.is_unknown(i)
         }
 
-    def __call__(self, text: str, special: bool) -> list[int]:
+    def __call__(self, text: str, special: bool = False) -> list[int]:
         check_text("text", text)
         tokens = list[int]()
         for part, token in segments(text, self.specials if special else {}):

@@ -153,7 +153,7 @@ class Pipeline:
         self.known, self.byte_level = known_letters(description)
         self.tried = regexes(description) <= TRIED
 
-    def __call__(self, text: str, special: bool) -> list[int]:
+    def __call__(self, text: str, special: bool = False) -> list[int]:
         check_text("text", text)
         if self.known is not None:  # the package drops what is not
             normalizer = self.library.normalizer

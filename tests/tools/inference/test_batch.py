@@ -80,6 +80,11 @@ def test_texts_are_in_order_though_they_end_in_another(model: Model) -> None:
     assert list(generate_all(model, prompts, 60, HOT, stop=["a", "5"], batch=4)) == stopping
 
 
+def test_a_text_by_itself_is_one_prompt(model: Model) -> None:
+    """Not as many as it has letters."""
+    assert list(generate_all(model, "abc", 8, HOT)) == alone(model, ["abc"], 8, HOT)
+
+
 def test_a_prompt_given_twice_has_two_samples(model: Model) -> None:
     """Each row has its own seed, modulo 2³². Texts may end within a character, and contain others that are invalid."""
     found = list(generate_all(model, ["j"] * 4, 30, HOT, 2**32 - 2))

@@ -23,10 +23,12 @@ from jax import monitoring
 from jax import numpy as jnp
 
 from lovely_llama import Config, LlamaError, Sampling, count, logits
+from lovely_llama_tools.fast.layers import stack
 from lovely_llama_tools.formats.files import default_model, load
 from lovely_llama_tools.formats.model import Model
 from lovely_llama_tools.inference.batch import generate_all
 from lovely_llama_tools.inference.generate import Generation, Session, generate
+from lovely_llama_tools.inference.scoring import perplexity
 
 quick = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
@@ -175,8 +177,38 @@ def test_bad_arguments_are_refused_before_the_first_token(model: Model) -> None:
 def test_a_sampler_by_itself_is_told_where_it_belongs(model: Model, no_type_checks: None, function: Any) -> None:
     with pytest.raises(LlamaError, match=r"temperature: got 0.5, expected sampling=Sampling\(temperature=0.5\)"):
         function(model, ["a"], temperature=0.5)
+    with pytest.raises(LlamaError, match="max_new_tokens: got 5, expected max_new=5"):
+        function(model, ["a"], max_new_tokens=5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'warmth'"):
         function(model, ["a"], warmth=0.5)
+
+
+def test_a_generation_shows_its_text(model: Model) -> None:
+    """As a notebook shows what its last line gives; what has been read by then is not lost."""
+    want = "".join(generate(model, "abc", 20, HOT))
+    assert str(generate(model, "abc", 20, HOT)) == want
+    begun = generate(model, "abc", 20, HOT)
+    next(begun)
+    assert repr(begun) == repr(begun) == f"Generation({want!r}, 'length')"
+    assert str(generate(model._replace(tokenizer=None), [1, 2], 3, HOT)).count(",") == 2
+
+
+@pytest.mark.parametrize("kind", ["of numpy", "of numpy, in float64", "stacked"])
+def test_parameters_as_others_hold_them(kind: str, model: Model, no_type_checks: None) -> None:
+    """What comes out is the same, to the bit."""
+    dtype = np.float64 if "float64" in kind else np.float32
+    params = jax.tree.map(lambda w: np.asarray(w).astype(dtype), model.params)
+    other = Model(CONFIG, params, model.tokenizer)
+    if kind == "stacked":
+        other = model._replace(params=model.params._replace(blocks=stack(model.params.blocks)))
+    session = Session(other)
+    assert str(generate(other, "abc", 20, HOT, session=session)) == str(generate(model, "abc", 20, HOT))
+    assert list(generate_all(other, ["a", "bc"], 5, HOT)) == list(generate_all(model, ["a", "bc"], 5, HOT))
+    assert perplexity(other, "abcabc") == perplexity(model, "abcabc")
+    wrong = other._replace(config=replace(CONFIG, dim=25))
+    for refuse in (lambda: generate(wrong, "a"), lambda: generate_all(wrong, ["a"]), lambda: perplexity(wrong, "abc")):
+        with pytest.raises(LlamaError, match=r"params: .*: got "):
+            refuse()
 
 
 def test_non_finite_logits_end_a_generation(model: Model) -> None:

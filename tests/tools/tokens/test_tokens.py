@@ -228,6 +228,13 @@ def test_round_trip(get: Callable[[], Tokenizer], text: str) -> None:
 
 
 @both
+def test_names_of_special_tokens_are_letters_unless_asked_otherwise(get: Callable[[], Tokenizer]) -> None:
+    tokenizer = get()
+    text = f"Hi{next(iter(tokenizer.specials))}"
+    assert tokenizer.encode(text) == tokenizer.encode(text, False) != tokenizer.encode(text, True)
+
+
+@both
 def test_begin(get: Callable[[], Tokenizer]) -> None:
     """One BOS if the model was trained with it or the text is empty; never two."""
     tokenizer, text = get(), "<s>Once upon a time"
