@@ -38,8 +38,8 @@ def read_json(data: bytes, file: object, lines: bool = False) -> dict[str, Any]:
     return found
 
 
-def read_value(data: bytes, file: object, lines: bool = False) -> Any:
-    """As `read_json`, a value of any type."""
+def decoder(file: object) -> json.JSONDecoder:
+    """What decodes a value of a file, and refuses what is not strict."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
@@ -60,14 +60,22 @@ def read_value(data: bytes, file: object, lines: bool = False) -> Any:
     def constant(name: str) -> Any:
         raise LlamaError(file, "JSON", name, "a number")
 
+    return json.JSONDecoder(object_pairs_hook=pairs, parse_int=whole, parse_float=decimal, parse_constant=constant)
+
+
+def check_characters(text: str, value: Any) -> None:
+    """Refuse half characters in what a text was decoded to: an escape may be one."""
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(value, ensure_ascii=False).encode()
+
+
+def read_value(data: bytes, file: object, lines: bool = False) -> Any:
+    """As `read_json`, a value of any type."""
     try:
         text = data.decode()
         check("JSON", "a byte order mark", not text.startswith("\ufeff"), "UTF-8 without one", file)
-        found: Any = json.loads(
-            text, object_pairs_hook=pairs, parse_int=whole, parse_float=decimal, parse_constant=constant
-        )
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # an escape may be half of a character
-            json.dumps(found, ensure_ascii=False).encode()
+        found: Any = decoder(file).decode(text)
+        check_characters(text, found)
     except UnicodeError as error:
         raise LlamaError(file, "JSON", "bytes that are not UTF-8", "UTF-8") from error
     except json.JSONDecodeError as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lovely_llama import LIMITS, LlamaError, Sampling, check
 
-from ..data.corpora import read_text
+from ..data.reading import read_text
 from ..extras import counted
 from ..formats.files import default_model, load
 from ..formats.model import DTYPES, Model

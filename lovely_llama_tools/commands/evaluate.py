@@ -2,11 +2,14 @@
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 from lovely_llama import LlamaError, check
 
-from ..data.corpora import read_text
+from ..data.answers import score_records
+from ..data.reading import read_text
+from ..data.records import is_records
 from ..formats.files import load
 from ..inference.harness import metrics, run_tasks, tables
 from ..inference.scoring import Score, perplexity
@@ -19,7 +22,9 @@ OPTIONS = {
         "--mesh": dict(metavar="AXIS=N,…", help=MESH),
     },
     "perplexity": {
-        "texts": dict(metavar="TEXT", nargs="*", help="text files in UTF-8; - stands for stdin"),
+        "texts": dict(
+            metavar="TEXT", nargs="*", help="text files in UTF-8, or conversations in JSON; - stands for stdin"
+        ),
         "--ctx": dict(
             type=whole, metavar="N", help="window size in tokens (default: the model's context, at most 2048)"
         ),
@@ -39,8 +44,8 @@ OPTIONS = {
     },
     "output": {"--json": dict(action="store_true", help="print JSON")},
 }
-ABOUT = """Measure the perplexity of MODEL on texts, each scored by itself in overlapping windows, or its results on
-tasks of lm-eval."""
+ABOUT = """Measure the perplexity of MODEL on texts, each scored by itself in overlapping windows; on the answers of
+conversations, as `train` reads them; or its results on tasks of lm-eval."""
 EXAMPLES = """
 lovely-llama evaluate run/best book.txt notes.txt --ctx 64
 cat notes.txt | lovely-llama evaluate run/best - --json
@@ -87,13 +92,17 @@ def on_tasks(args: argparse.Namespace) -> Any:
 
 def on_texts(args: argparse.Namespace) -> dict[str, Any]:
     """The score over all texts."""
-    texts = [(path, read_text(path)) for path in args.texts]
+    rows = {path: path != "-" and is_records(Path(path)) for path in args.texts}
+    texts = [(path, "" if rows[path] else read_text(path)) for path in args.texts]
     for path, text in texts:
-        check("text", "nothing", bool(text.strip()), "a text", path)
+        check("text", "nothing", rows[path] or bool(text.strip()), "a text", path)
     model, start = load(args.model, mesh=chosen_mesh(args.mesh)), time.perf_counter()
     found = list[Score]()
     for path, text in texts:
         try:
+            if rows[path]:
+                found += score_records(model, Path(path), args.ctx, args.stride)
+                continue
             found.append(perplexity(model, text if model.tokenizer else ids(text, args.model), args.ctx, args.stride))
         except LlamaError as error:
             file = path if error.file in ("text", "arguments") and error.field in ("text", "tokens") else error.file

@@ -24,8 +24,9 @@ from .options import ORBAX, READING, add_command, number, whole
 
 ABOUT = """Train a model on DATA, fine-tune one, or resume a run. The run's folder holds the loss curve (loss.png,
 metrics.jsonl), sample texts and checkpoints, which transformers reads too. Ctrl-C saves first."""
-DATA = """plain text; JSON lines (.jsonl), each a conversation {"messages": [{"role": ..., "content": ...}, ...]} or a
-text {"text": ...}; folders of these; or token ids as .npy or .bin (default: Python's own standard library)"""
+DATA = """plain text; JSON, in lines (.jsonl) or an array, of conversations {"messages": [{"role": ..., "content": ...},
+...]}, also in ShareGPT's or Alpaca's form or as "prompt" and "completion", or of texts {"text": ...}; folders of these;
+or token ids as .npy or .bin (default: Python's own standard library)"""
 EXAMPLES = """
 lovely-llama train book.txt --tokenizer bpe --vocab 512 --steps 500 --out run
 lovely-llama train notes.txt --init-from run/best --lora 8 --out tuned
@@ -37,6 +38,8 @@ RUNS = {
     "--out": dict(metavar="RUN", default="run", help="folder of the run (default: run)"),
     "--resume": dict(nargs="?", const="", metavar="STEP", help="continue RUN with its own options, from its last "
                      "checkpoint or from STEP, such as step-500"),
+    "--show": dict(action="store_true", help="print the first row of DATA as the model sees it, what is learned of it "
+                   "in ⟦ ⟧, and train nothing"),
     "--allow": dict(action="append", default=[], metavar="KEY", help="resume although KEY, an option or a fingerprint, "
                     "has changed; may be repeated"),
 }  # fmt: skip
@@ -48,6 +51,8 @@ GROUPS = {
         "vocab": "vocabulary size of a tokenizer that is learned",
         "ctx": "tokens per sequence (default: 256, or the model's context if shorter)",
         "pack": "pack several documents into a sequence; they do not attend to each other",
+        "special_tokens": "read the names of special tokens in texts as those tokens, as in texts to which a chat "
+        "template has been applied",
         "val_fraction": "share of DATA held out for validation (default: 0.1)",
     },
     "model": {
@@ -102,6 +107,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "init_from": {"metavar": "MODEL"},
     "tokenizer": {"metavar": "PATH"},
     "pack": {"action": "store_true", "default": None},
+    "special_tokens": {"action": "store_true", "default": None},
     "tied": {"action": argparse.BooleanOptionalAction, "default": None},
     "lora_targets": {"metavar": "A,B"},
     "dtype": {"choices": [*DTYPES]},
@@ -132,6 +138,9 @@ def train(args: argparse.Namespace) -> int:
         return watched(again(sys.argv[1:]), [{}], math.inf)  # a parent for this process
     folder, resuming = Path(args.out), args.resume is not None
     settings = settle(given(args), read_fields(folder / RUN)["options"] if resuming else {})
+    if args.show:
+        print(loop.show(settings))
+        return 0
     at = chosen_step(folder, args.resume)
     return loop.train(settings, folder, at, resuming, args.allow, args.debug)
 

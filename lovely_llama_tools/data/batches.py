@@ -59,6 +59,10 @@ class Split:
         """Read sequences, padded to `rows` with ones without targets."""
         raise NotImplementedError
 
+    def first(self) -> tuple[list[int], list[bool]]:
+        """The ids of the first sequence, and which of them are learned."""
+        raise NotImplementedError
+
 
 class Windows(Split):
     """One long text. A sequence is a window of it, identified by the position of its first token."""
@@ -66,6 +70,11 @@ class Windows(Split):
     def __init__(self, tokens: Tokens, start: int, stop: int, seq: int) -> None:
         super().__init__(stop - start, seq, range(start, stop - 1, seq))
         self.tokens, self.start, self.stop = tokens, start, stop
+
+    def first(self) -> tuple[list[int], list[bool]]:
+        """The first window, all of which is learned but its first token."""
+        ids = self.tokens.read(self.start, min(self.seq + 1, self.stop - self.start)).tolist()
+        return ids, [False, *[True] * (len(ids) - 1)]
 
     def choose(self, seed: int, step: int, rows: int) -> Sequence[int]:
         """Windows at random positions, as nanoGPT chooses them."""
@@ -93,6 +102,17 @@ class Documents(Split):
         self.tokens, self.answers, self.starts, self.sizes, self.packed = tokens, answers, starts, sizes, packed
         self.contents = pack(sizes.tolist(), seq) if packed else [[i] for i in range(len(sizes))]
         super().__init__(int(sizes.sum()) + len(sizes), seq, range(len(self.contents)))
+
+    def first(self) -> tuple[list[int], list[bool]]:
+        """The first sequence, with a document's first token not learned."""
+        ids, learned = list[int](), list[bool]()
+        for start, size in ((int(self.starts[i]), int(self.sizes[i])) for i in self.contents[0]):
+            ids += self.tokens.read(start, size + 1).tolist()
+            answers = (
+                [True] * size if self.answers is None else self.answers.read(start + 1, size).astype(bool).tolist()
+            )
+            learned += [False, *answers]
+        return ids, learned
 
     def choose(self, seed: int, step: int, rows: int) -> Sequence[int]:
         """The next sequences of the epoch, continued in the next epoch."""

@@ -1,20 +1,24 @@
 """Tokenizing texts and conversations, marking where documents start and which tokens are answers to learn."""
 
+import re
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lovely_llama import LlamaError, check
+from lovely_llama import LlamaError
 
+from ..extras import counted
 from ..formats.model import blamed_on
-from ..inference.chat import chat_prompt
 from ..tokens import Tokenizer
 from ..tokens.base import ENDS
-from ..tokens.parts import continue_text, divided
-from .corpora import is_records, read_documents, read_records
+from ..tokens.parts import continue_text, divided, encode_known
+from .conversations import Encoder, Learned
+from .corpora import read_documents
+from .records import Conversation, is_records, read_records
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+ROWS = 32  # conversations that are rendered at a time
+TURNS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")  # of `ENDS`, those that end a turn rather than a text
 
 
 class Encoded(NamedTuple):
@@ -25,78 +29,91 @@ class Encoded(NamedTuple):
     answers: list[int] | None  # in a conversation: 1 for tokens of the assistant, else 0
 
 
-def encode_file(path: Path, tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Tokenize the documents of a file: one per line of JSON lines; in a text, separated by <|endoftext|>.
+class Notes:
+    """What is worth telling of the texts that have been read."""
+
+    def __init__(self) -> None:
+        self.skipped = list[LlamaError]()  # rows from which nothing can be learned
+        self.endless = 0  # conversations with an answer that no token ends
+        self.letters = ""  # the name of a special token that was read as letters
+
+    def lines(self) -> Iterator[str]:
+        """A line for each."""
+        if self.skipped:
+            yield f"{counted(len(self.skipped), 'row')} left out: {'; '.join(map(str, self.skipped[:3]))}"
+        if self.endless:
+            where = f"in {counted(self.endless, 'conversation')}"
+            yield f"the chat template ends no answer with a token to stop at {where}, so stopping is not learned"
+        if self.letters:
+            yield f"{self.letters} in texts is read as letters; with --special-tokens, as the token of that name"
+
+
+def encode_file(path: Path, tokenizer: Tokenizer, notes: Notes, special: bool = False) -> Iterator[Encoded]:
+    """Tokenize the documents of a file: one per row of JSON; in a text, separated by <|endoftext|>.
 
     Other end-of-text tokens of the tokenizer separate documents too. Without BOS and EOS a boundary could not be
-    marked, and the text is one document.
+    marked, and the text is one document. With `special` the names of special tokens in texts are those tokens, and the
+    end of a turn separates nothing.
     """
     if not is_records(path):
         marked = tokenizer.bos is not None or tokenizer.eos is not None
-        separators = [name for name in ENDS if name == ENDS[0] or name in tokenizer.specials]
+        ends = [name for name in ENDS if not (special and name in TURNS)]
+        separators = [name for name in ends if name == ENDS[0] or name in tokenizer.specials]
         with blamed_on(path):
-            yield from encode_texts(read_documents(path, separators if marked else [], tokenizer), tokenizer)
+            documents = read_documents(path, separators if marked else [], tokenizer)
+            yield from encode_texts(documents, tokenizer, notes, special)
         return
-    for where, record in read_records(path):
-        with blamed_on(where):
-            if isinstance(record, str):
-                yield from encode_texts([(record, True)], tokenizer)
-            else:
-                yield encode_conversation(record, tokenizer)
+    waiting, encoder = list[tuple[str, Conversation]](), None
+    for where, record in chain(read_records(path), [("", "")]):
+        if isinstance(record, Conversation):
+            with blamed_on(where):
+                encoder = encoder or Encoder(tokenizer)
+            waiting.append((where, record))
+        if encoder and waiting and (isinstance(record, str) or len(waiting) == ROWS):
+            yield from encode_rows(waiting, encoder, notes)
+            waiting = []
+        if isinstance(record, str) and where:
+            with blamed_on(where):
+                yield from encode_texts([(record, True)], tokenizer, notes, special)
 
 
-def encode_texts(parts: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Iterator[Encoded]:
+def encode_rows(rows: list[tuple[str, Conversation]], encoder: Encoder, notes: Notes) -> Iterator[Encoded]:
+    """The conversations of some rows, but for those from which nothing can be learned."""
+    with blamed_on(rows[0][0]):
+        encoded = encoder.encode([record for _, record in rows])
+    for (where, _), found in zip(rows, encoded, strict=True):
+        if not isinstance(found, Learned):
+            notes.skipped.append(LlamaError(where, found.field, found.got, found.expected))
+            continue
+        notes.endless += not found.ended
+        yield Encoded(found.ids, True, found.answers)
+
+
+def encode_texts(
+    parts: Iterable[tuple[str, bool]], tokenizer: Tokenizer, notes: Notes, special: bool
+) -> Iterator[Encoded]:
     """Tokenize documents given in parts, each with whether its document ends there. Empty documents are skipped.
 
     BOS precedes a document if the tokenizer adds it to texts; EOS, if it has one, follows.
     """
     bos = [] if tokenizer.bos is None or not tokenizer.adds_bos else [tokenizer.bos]
-    begins, eos = True, [] if tokenizer.eos is None else [tokenizer.eos]
+    begins, eos, last = True, [] if tokenizer.eos is None else [tokenizer.eos], list[int]()
+    names = re.compile("|".join(map(re.escape, tokenizer.specials)) or "(?!)")
     for text, ends in parts:
         if text or not begins:
+            if not special and not notes.letters and (found := names.search(text)):
+                notes.letters = found[0]
             for part in divided(tokenizer, text):
-                yield Encoded([*(bos if begins else []), *encode(tokenizer, part, begins)], begins, None)
-                begins = False
-            yield Encoded(eos if ends else [], False, None)
+                ids = encode(tokenizer, part, begins, special)
+                lead = bos if begins and ids[:1] != bos else []
+                yield Encoded([*lead, *ids], begins, None)
+                begins, last = False, ids or last
+            yield Encoded(eos if ends and last[-1:] != eos else [], False, None)
         begins = ends
 
 
-def encode(tokenizer: Tokenizer, text: str, begins: bool = True) -> list[int]:
-    """Tokenize a text, or its continuation if `begins` is false."""
-    ids = tokenizer.encode(text, False) if text and begins else continue_text(tokenizer, text)
-    if not {*ids}.isdisjoint(
-        tokenizer.specials.values()
-    ):  # special tokens are never encoded here, so it is the unknown token
-        unknown = [
-            c for c in sorted({*text}) if not {*tokenizer.encode(c, False)}.isdisjoint(tokenizer.specials.values())
-        ]
-        raise LlamaError("text", "text", f"characters {unknown[:9]}", "characters that the tokenizer has tokens for")
-    return ids
-
-
-def encode_conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> Encoded:
-    """Tokenize a conversation and mark the assistant's tokens: each answer, and the token that ends it.
-
-    The tokens before an answer must be exactly the prompt that will ask for it in a chat.
-    """
-    ids = chat_prompt(tokenizer, messages, add_generation_prompt=False)
-    answers = [0] * len(ids)
-    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages))
-    got, known = f"{len(messages)} of the roles {roles}, none of an assistant", ", ".join(ROLES)
-    check("messages", got, bool(said), f"an answer to learn from; roles are {known}")
-    for message in messages:
-        encode(tokenizer, message["content"])
-    for i in said:
-        prompt = chat_prompt(tokenizer, messages[:i])
-        whole = chat_prompt(tokenizer, messages[: i + 1], add_generation_prompt=False)
-        stops = (at for at in range(len(prompt), len(whole)) if whole[at] in tokenizer.stops)
-        end = next(stops, len(whole) - 1) + 1
-        row = messages[max(0, i - 1) : i + 2]
-        twice = any(one["role"] == other["role"] == "assistant" for one, other in pairwise(row))
-        got = f"a prompt for message {i + 1} that the conversation does not begin with"
-        same = whole[: len(prompt)] == prompt and ids[:end] == whole[:end]
-        check("messages", "two assistant messages in a row", same or not twice, "one message of both")
-        check("chat_template", got, same, "the tokens that ask for an answer, and then the answer")
-        answers[len(prompt) : end] = [1] * (end - len(prompt))
-    return Encoded(ids, True, answers)
+def encode(tokenizer: Tokenizer, text: str, begins: bool, special: bool) -> list[int]:
+    """Tokenize a part of a text, in which names of special tokens are letters unless `special`."""
+    if not special:
+        return encode_known(tokenizer, text, begins)
+    return tokenizer.encode(text, True) if begins else continue_text(tokenizer, text, True)

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,9 @@ from ..tokens.training import train_bpe, train_characters
 from .batches import Batch as Batch
 from .batches import Documents, Split, Windows
 from .batches import ahead as ahead
-from .corpora import DESCRIPTION, IDS, TOKENS, corpus_files, is_records, read_texts
-from .encoding import encode_file
+from .corpora import DESCRIPTION, IDS, TOKENS, corpus_files, read_texts
+from .encoding import Encoded, Notes, encode_file
+from .records import is_records
 from .token_files import Tokens, Writer, id_dtype, open_tokens
 
 STARTS, ANSWERS = "documents.bin", "answers.bin"  # where documents start; 1 for tokens of answers, else 0
@@ -40,6 +42,7 @@ class Corpus(NamedTuple):
     tokenizer: Tokenizer | None
     vocab: int
     fingerprints: Mapping[str, str]  # SHA-256 of the data and the tokenizer
+    says: Sequence[str]  # what has been read, a line each
 
 
 class Rows(NamedTuple):
@@ -65,9 +68,9 @@ class Description(NamedTuple):
 
 def prepare(
     paths: Sequence[str], folder: Path, *, tokenizer: Tokenizer | str | None = None, vocab: int | None = None,
-    seq: int, fraction: float = 0.1, pack: bool = False, replace: bool = False,
+    seq: int, fraction: float = 0.1, pack: bool = False, replace: bool = False, special: bool = False,
 ) -> Corpus:  # fmt: skip
-    """Read a corpus: texts, JSON lines of conversations or of texts, folders of them; or token files.
+    """Read a corpus: texts, rows of JSON with conversations or texts, folders of them; or token files.
 
     Texts are tokenized into the folder once, and reused if they have not changed. The tokenizer is given, or learned
     from the texts: "bpe" with `vocab` tokens, or "chars", the default. Token files (.bin as nanoGPT and llama2.c write
@@ -76,16 +79,17 @@ def prepare(
 
     The last `fraction` of the tokens is held out for validation; of the documents, if sequences consist of documents:
     several per sequence with `pack`, or one conversation per sequence. In conversations only the assistant's answers
-    are targets.
+    are targets; a row without an answer that can be learned is left out. With `special`, names of special tokens in
+    texts are those tokens.
     """
     check("seq", repr(seq), is_whole(seq) and 0 < seq < 2**31, "a whole number above 0")
     check("fraction", repr(fraction), is_number(fraction) and 0 <= fraction < 1, "a number from 0 to below 1")
     files, rows = corpus_files(paths), Rows(seq, fraction, pack)
     where = files[0] if len(files) == 1 else ", ".join(paths) or "Python's standard library"
-    kinds = {file.suffix in TOKENS for file in files}
+    kinds = {file.suffix.lower() in TOKENS for file in files}
     check("path", "texts and token files", len(kinds) == 1, "the one or the other", where)
     if False in kinds:
-        return prepare_texts(files, where, folder, tokenizer or "chars", vocab, rows, replace)
+        return prepare_texts(files, where, folder, tokenizer or "chars", vocab, rows, replace, special)
     if isinstance(tokenizer, str):
         raise LlamaError("arguments", "tokenizer", repr(tokenizer), "that of the token files, in its folder")
     said = describe(files[0].parent) if [file.name for file in files] == [IDS] else None
@@ -99,11 +103,12 @@ def prepare(
 
 def prepare_texts(
     files: Sequence[Path], where: object, folder: Path, tokenizer: Tokenizer | str, vocab: int | None, rows: Rows,
-    replace: bool,
+    replace: bool, special: bool,
 ) -> Corpus:  # fmt: skip
     """Tokenize texts into a folder, unless it holds their tokens, and open it. The description is written last."""
     given = tokenizer if isinstance(tokenizer, str) else fingerprint(tokenizer)
-    origin = {"sources": digest_of(files), "encoded": f"{given}, vocab {vocab}"}
+    encoded = f"{given}, vocab {vocab}{', special tokens' if special else ''}"
+    origin, notes = {"sources": digest_of(files), "encoded": encoded}, Notes()
     size = sum(os.path.getsize(file) for file in files)
     check("size", "0 bytes", size > 0, "a text", where)
     said = describe(folder)
@@ -123,7 +128,9 @@ def prepare_texts(
         with ExitStack() as unless_complete:
             if not said:
                 with progress("tokens", size, "B") as advance:
-                    said = write_tokens(files, folder, tokenizer, vocab or len(tokenizer.pieces), origin, advance)
+                    encode = partial(encode_file, tokenizer=tokenizer, notes=notes, special=special)
+                    said = write_tokens(files, folder, encode, vocab or len(tokenizer.pieces), origin, advance)
+                check_rows(said, notes, where)
                 unless_complete.callback(discard, folder, [*said.sha256])
                 made[DESCRIPTION] = to_json(said._asdict(), indent=2).encode()
             corpus = open_corpus([folder / IDS], where, tokenizer, vocab, said, rows)
@@ -132,7 +139,14 @@ def prepare_texts(
             write_file(folder / name, data)
     except OSError as error:
         raise LlamaError(folder, "path", error.strerror, "a folder that can be written to") from error
-    return corpus
+    return corpus._replace(says=[*corpus.says, *(f"note: {line}" for line in notes.lines())])
+
+
+def check_rows(said: Description, notes: Notes, where: object) -> None:
+    """Refuse texts of which nothing is left."""
+    if not said.tokens and notes.skipped:
+        raise notes.skipped[0]
+    check("rows", "none", said.tokens > 0, "texts or conversations", where)
 
 
 def learn(files: Sequence[Path], kind: str, vocab: int | None) -> Tokenizer:
@@ -145,7 +159,8 @@ def learn(files: Sequence[Path], kind: str, vocab: int | None) -> Tokenizer:
 
 
 def write_tokens(
-    files: Sequence[Path], folder: Path, tokenizer: Tokenizer, vocab: int, origin: Mapping[str, str], advance: Any
+    files: Sequence[Path], folder: Path, encode: Callable[[Path], Iterator[Encoded]], vocab: int,
+    origin: Mapping[str, str], advance: Any,
 ) -> Description:  # fmt: skip
     """Write the tokens of texts, the starts of documents, and which tokens are answers."""
     dtype, conversations, writers = id_dtype(vocab), 0, list[Writer]()
@@ -155,7 +170,7 @@ def write_tokens(
             writers.append(Writer(folder / name, kind))
         ids, starts, *answers = writers
         for file in files:
-            for some in encode_file(file, tokenizer):
+            for some in encode(file):
                 starts.add([ids.count] if some.begins else [])
                 ids.add(some.ids)
                 for writer in answers:
@@ -215,7 +230,7 @@ def open_corpus(
         raise LlamaError(where, "vocab", "nothing", "the number of tokens, or the tokenizer of the token files")
     tokenizer = tokenizer and fit(tokenizer, vocab, where)
     tokens = open_tokens(files, said.dtype if said else id_dtype(vocab), vocab)
-    digests = {files[0]: tokens.digest()}
+    digests, learned = {files[0]: tokens.digest()}, tokens.count
     if rows.pack or (said and said.conversations):
         if said:
             beside = [files[0].with_name(name) for name in said.sha256 if name != IDS]
@@ -224,6 +239,7 @@ def open_corpus(
         else:
             starts = find_documents(tokens, tokenizer, where)
         answers = open_tokens([files[0].with_name(ANSWERS)], "uint8", 2) if said and said.conversations else None
+        learned = sum(int(block.sum()) for _, block in answers.blocks()) if answers else learned
         train, validation = split_documents(tokens, starts, answers, where, rows)
     else:
         train, validation = split_tokens(tokens, where, rows)
@@ -231,9 +247,10 @@ def open_corpus(
         for path, digest in digests.items():
             check("sha256", digest, digest == said.sha256[path.name], said.sha256[path.name], path)
     prints = {"data": hashlib.sha256("".join(digests.values()).encode()).hexdigest()}
-    return Corpus(
-        train, validation, tokenizer, vocab, prints | ({"tokenizer": fingerprint(tokenizer)} if tokenizer else {})
-    )
+    prints |= {"tokenizer": fingerprint(tokenizer)} if tokenizer else {}
+    rows_read = f"{counted(said.documents, 'row' if said.conversations else 'text', ',')}, " if said else ""
+    says = f"data: {rows_read}{counted(tokens.count, 'token', ',')}, {learned:,} of them to learn from"
+    return Corpus(train, validation, tokenizer, vocab, prints, [says])
 
 
 def find_documents(tokens: Tokens, tokenizer: Tokenizer | None, where: object) -> Int[np.ndarray, " docs"]:

@@ -11,6 +11,7 @@ from .base import fit as fit
 from .base import segments as segments
 from .base import usual_stops as usual_stops
 from .converting import tokenizer_bin as tokenizer_bin
+from .folders import NAMES as NAMES
 from .folders import SETTINGS as SETTINGS
 from .folders import TOKENIZER_FILES as TOKENIZER_FILES
 from .folders import folder_tokenizer as folder_tokenizer
@@ -22,5 +23,7 @@ from .parts import encode_parts as encode_parts
 from .pieces import bin_tokenizer as bin_tokenizer
 from .pieces import sentencepiece_tokenizer as sentencepiece_tokenizer
 from .ranks import gpt2_tokenizer as gpt2_tokenizer
+from .templates import Refused as Refused
 from .templates import check_template as check_template
 from .templates import render as render
+from .templates import render_all as render_all

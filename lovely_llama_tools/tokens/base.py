@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -93,6 +94,12 @@ def prefix_of(encode: Callable[[str, bool], list[int]], pieces: Sequence[bytes])
         except (LlamaError, IndexError):  # not in the vocabulary
             continue
     return b""
+
+
+@cache
+def note(text: str) -> None:
+    """Tell something on stderr, once."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 # ---- Texts -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 from lovely_llama import LlamaError, check, is_number
 
 from ..strict_json import read_json, to_json
-from .base import Tokenizer, fit, small_file, with_ends
+from .base import Tokenizer, fit, note, small_file, with_ends
 from .characters import Characters, read_characters, write_characters
 from .converting import describe_proto
 from .pieces import (
@@ -130,7 +130,10 @@ def read_source(data: bytes, path: Path, config: Mapping[str, Any], vocab: int |
             entries = [added_token(name, i, special) for name, (i, special) in more.items()]
             description["added_tokens"] = [*as_list(description.get("added_tokens")), *entries]
         tokenizer = pipeline_tokenizer(description, path, None if more else data.decode())
-        adds = tokenizer.adds_bos if description.get("post_processor") else bool(adds)
+        if adds not in (None, tokenizer.adds_bos):
+            does = "adds BOS" if tokenizer.adds_bos else "adds no BOS"
+            note(f"{file}: add_bos_token is {to_json(adds)}, but {path.name} {does}, which counts")
+        adds = tokenizer.adds_bos
     elif is_ranks(data):
         ids = {i: name for name, (i, _) in tokens.items() if i is not None}
         first = min(ids, default=0)

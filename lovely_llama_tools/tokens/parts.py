@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from lovely_llama import check
+from lovely_llama import LlamaError, check
 
 from .base import Tokenizer
 from .characters import Characters
@@ -67,3 +67,17 @@ def encode_parts(tokenizer: Tokenizer, text: str, special: bool = False) -> Iter
     """The tokens of a text, in parts."""
     for i, part in enumerate(divided(tokenizer, text)):
         yield continue_text(tokenizer, part, special) if i else tokenizer.encode(part, special)
+
+
+def encode_known(tokenizer: Tokenizer, text: str, begins: bool = True) -> list[int]:
+    """Tokenize a text as letters, or its continuation if `begins` is false. Unknown characters are refused."""
+    ids, special = tokenizer.encode(text) if text and begins else continue_text(tokenizer, text), specials(tokenizer)
+    if not special.isdisjoint(ids):  # none is named here, so it is the unknown token
+        unknown = [c for c in sorted({*text}) if not special.isdisjoint(tokenizer.encode(c))]
+        raise LlamaError("text", "text", f"characters {unknown[:9]}", "characters that the tokenizer has tokens for")
+    return ids
+
+
+def specials(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids of special tokens."""
+    return frozenset(tokenizer.specials.values())

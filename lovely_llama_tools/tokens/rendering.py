@@ -1,6 +1,6 @@
 """Chat templates rendered in a process of its own, which ends where one takes too much time or memory.
 
-It takes pickled templates with their variables from stdin, each after its size, and answers each with a line of JSON.
+It takes pickled templates with sets of variables from stdin, each after its size, and answers each with a line of JSON.
 Nothing else of this package is imported, so that it starts soon.
 """
 
@@ -67,11 +67,9 @@ def compiled(source: str) -> jinja2.Template:
     return environment().from_string(source)
 
 
-def answer(request: bytes) -> dict[str, str]:
+def answer(source: str, values: dict[str, Any], limit: int) -> dict[str, str]:
     """The text, or why there is none."""
-    limit = LENGTH + 4 * len(request)
     try:
-        source, values = pickle.loads(request)
         text = compiled(source).render(values)
     except Refusal as error:
         return {"refused": str(error)[:1000]}
@@ -88,10 +86,12 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while size := sys.stdin.buffer.read(8):
         request = sys.stdin.buffer.read(int.from_bytes(size, "little"))
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # whose signal ends the process
-        said = json.dumps(answer(request))
+        (source, sets), said = pickle.loads(request), list[dict[str, str]]()
+        for values in sets:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # whose signal ends the process
+            said.append(answer(source, values, LENGTH + 4 * len(request)))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(said, flush=True)
+        print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

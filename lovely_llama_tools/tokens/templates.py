@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -36,24 +36,38 @@ def check_template(template: str, field: str, file: object) -> None:
         raise LlamaError(file, field, "a syntax error", "a jinja2 template") from error
 
 
+class Refused(LlamaError):
+    """A conversation that a template does not accept."""
+
+
 def render(source: str, values: Mapping[str, Any]) -> str:
     """The text of a template with these variables."""
+    (found,) = render_all(source, [values])
+    if isinstance(found, Refused):
+        raise found
+    return found
+
+
+def render_all(source: str, sets: Sequence[Mapping[str, Any]]) -> list[str | Refused]:
+    """The texts of a template with each of these sets of variables, or why it accepts one not."""
     extra("jinja2", "chat")
     try:
-        request = pickle.dumps((source, dict(values)))
+        request = pickle.dumps((source, [*map(dict, sets)]))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise LlamaError("arguments", "values", str(error), "texts, numbers, lists and dictionaries") from error
     with LOCK:
-        said = ask(request)
-    if "text" in said:
-        return said["text"]
-    if "refused" in said:
-        raise LlamaError("model", "chat_template", said["refused"], "a conversation that the template accepts")
-    raise LlamaError("model", "chat_template", said["failed"], "one that renders")
+        answers = ask(request)
+    found = list[str | Refused]()
+    for said in answers:
+        if "failed" in said:
+            raise LlamaError("model", "chat_template", said["failed"], "one that renders")
+        refusal = Refused("model", "chat_template", said.get("refused"), "a conversation that the template accepts")
+        found.append(said.get("text", refusal))
+    return found
 
 
-def ask(request: bytes) -> dict[str, str]:
-    """The renderer's answer. It is started when first needed, and after it has ended at one of its bounds."""
+def ask(request: bytes) -> list[dict[str, str]]:
+    """The renderer's answers. It is started when first needed, and after it has ended at one of its bounds."""
     here = os.getpid()
     if here not in RENDERERS:
         RENDERERS[here] = start()
@@ -71,7 +85,7 @@ def ask(request: bytes) -> dict[str, str]:
     end(here)
     from .rendering import MEMORY, SECONDS
 
-    return {"failed": f"one that takes more than {SECONDS} s or {MEMORY >> 20} MiB"}
+    return [{"failed": f"one that takes more than {SECONDS} s or {MEMORY >> 20} MiB"}]
 
 
 def start() -> "subprocess.Popen[bytes]":

@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -23,6 +24,7 @@ from ..devices.mesh import batch_sharding, check_seq, places
 from ..extras import counted, extra
 from ..fast.layers import in_tuple
 from ..formats.files import BEST, RUN, checkpoint, load, load_tokenizer
+from ..formats.model import Checkpoint as SavedModel
 from ..formats.model import Model, check_memory, share
 from ..formats.orbax import is_orbax
 from ..inference.generate import generate
@@ -170,16 +172,10 @@ def initialised(
 ) -> tuple[Corpus, Config, TrainState]:
     """The data, and the initial state, created directly on its devices; or its shapes alone."""
     base = load(settings.init_from, "float32", mesh) if settings.init_from else None
-    named = settings.tokenizer or (base.tokenizer if base else None)
-    tokenizer = load_tokenizer(named) if isinstance(named, str) and named not in LEARNED else named
-    if base and tokenizer and not isinstance(tokenizer, str):
-        tokenizer = fit(tokenizer, base.config.vocab, settings.tokenizer or settings.init_from)
     with in_turn("data"):
-        corpus = prepare(
-            settings.data, folder / DATA, tokenizer=tokenizer, vocab=settings.vocab,
-            seq=row_length(settings, base.config if base else None), fraction=settings.val_fraction, pack=settings.pack,
-            replace=not shapes_alone,
-        )  # fmt: skip
+        corpus = corpus_of(settings, folder / DATA, base, replace=not shapes_alone)
+    for line in corpus.says if index() == 0 else ():
+        print(line, file=sys.stderr)
     config = base.config if base else new_config(settings, corpus.vocab)
     check("vocab", corpus.vocab, corpus.vocab <= config.vocab, f"at most {config.vocab}, the model's", "data")
     check("lora", settings.lora, (settings.lora or 1) <= config.dim, f"at most the width, {config.dim}")
@@ -198,6 +194,37 @@ def initialised(
         return corpus, config, shapes
     begin = jax.jit(begin, out_shardings=places(shapes, config, mesh)) if mesh else begin
     return corpus, config, begin(*given)
+
+
+def corpus_of(settings: Settings, folder: Path, base: Model | SavedModel | None, *, replace: bool) -> Corpus:
+    """The data, prepared in a folder, for a model to train on from if there is one."""
+    named = settings.tokenizer or (base.tokenizer if base else None)
+    tokenizer = load_tokenizer(named) if isinstance(named, str) and named not in LEARNED else named
+    if base and tokenizer and not isinstance(tokenizer, str):
+        tokenizer = fit(tokenizer, base.config.vocab, settings.tokenizer or settings.init_from)
+    return prepare(
+        settings.data, folder, tokenizer=tokenizer, vocab=settings.vocab,
+        seq=row_length(settings, base.config if base else None), fraction=settings.val_fraction, pack=settings.pack,
+        replace=replace, special=settings.special_tokens,
+    )  # fmt: skip
+
+
+def show(settings: Settings) -> str:
+    """The first row as the model sees it, with what is learned of it between ⟦ and ⟧."""
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        base = stack.enter_context(checkpoint(settings.init_from)) if settings.init_from else None
+        corpus = corpus_of(settings, Path(folder), base, replace=True)
+        ids, learned = corpus.train.first()
+    for line in corpus.says:
+        print(line, file=sys.stderr)
+    if corpus.tokenizer is None:
+        return " ".join(f"⟦{i}⟧" if own else str(i) for i, own in zip(ids, learned, strict=True))
+    names = {token: name.encode() for name, token in corpus.tokenizer.specials.items()}
+    shown, within = b"", False
+    for i, own in zip(ids, learned, strict=True):
+        shown += b"" if own == within else "⟦".encode() if own else "⟧".encode()
+        shown, within = shown + (names.get(i) or corpus.tokenizer.pieces[i]), own
+    return shown.decode(errors="replace") + ("⟧" if within else "")
 
 
 def base_digest(path: str | None) -> str:
@@ -318,19 +345,27 @@ def validation_loss(run: Run, state: TrainState, split: Split) -> float:
 
 
 def sample(run: Run, params: Params) -> str:
-    """A text generated after BOS, else after a newline, else after token 0."""
+    """An answer to the first prompt held out, after that prompt; else a text after BOS, a newline, or token 0."""
     tokenizer = run.checkpointer.tokenizer
+    prompt = prompt_of(run.corpus.validation or run.corpus.train)
     model = Model(run.config, jax.device_put(in_tuple(params)), tokenizer)
     start = tokenizer.begin("") if tokenizer else []
     newlines = [i for i, piece in enumerate(tokenizer.pieces) if piece == b"\n"] if tokenizer else []
     room = min(run.settings.sample, run.config.ctx - 1)
-    parts = list[str]()
+    start = prompt[: run.config.ctx - room] or start or newlines[:1] or [0]
+    parts = [tokenizer.decode(start) if tokenizer and prompt else ""]
     with jax.set_mesh(None):  # a single process generates, and cannot use the devices of the others
-        for part in generate(model, start or newlines[:1] or [0], room, seed=run.settings.seed):
+        for part in generate(model, start, room, seed=run.settings.seed):
             parts.append(part if isinstance(part, str) else f"{part} ")
             if run.stop.seen:
                 break
     return "".join(parts)
+
+
+def prompt_of(split: Split) -> list[int]:
+    """The tokens before the first answer; none where texts are learned whole."""
+    ids, learned = split.first()
+    return ids[: learned.index(True)] if not all(learned[1:]) else []
 
 
 def report_end(run: Run, progress: Progress) -> int:

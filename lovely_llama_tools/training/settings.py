@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     remat: str = "dots"
     seed: int = 0
     pack: bool = False
+    special_tokens: bool = False
     val_fraction: float = 0.1
     eval_every: int | None = None
     eval_batches: int | None = 32

@@ -110,12 +110,40 @@ def test_a_template_takes_bounded_time_and_memory(model: Model, template: str, w
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"role": "user", "content": None}, {"role": "user", "content": 5}, {"role": "user", "content": "\ud800"}]
+    ("wrong", "says"),
+    [
+        ("hi", "messages: got 'hi', expected messages"),
+        ({"content": "hi"}, "messages: got None as the role"),
+        ({"role": "user"}, "messages: got None as the content"),
+        ({"role": "user", "content": None}, "messages: got None as the content"),
+        ({"role": "user", "content": 5}, "messages: got 5 as the content"),
+        ({"role": "user", "content": "\ud800"}, "message: got bytes that are not UTF-8"),
+        ({"role": "user", "content": "x", "tool_calls": [{"name": "\udfff"}]}, "message: got bytes that are not UTF-8"),
+        ({"role": "user", "content": [{"type": "image"}]}, "content: got a part of type 'image', expected parts of"),
+        ({"role": "user", "content": ["x"]}, "content: got a part of type 'str'"),
+        ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "function_call: got one in a message"),
+    ],
 )
-def test_messages_are_texts(model: Model, wrong: Any) -> None:
-    with pytest.raises(LlamaError) as caught:
+def test_messages_are_texts(model: Model, no_type_checks: None, wrong: Any, says: str) -> None:
+    with pytest.raises(LlamaError, match=f"arguments: {says}"):
         chat_prompt(tokenizer_of(model), [wrong])
-    assert caught.value.field == "message"
+
+
+def test_parts_of_a_text_are_joined_and_calls_of_tools_go_to_the_template(model: Model) -> None:
+    """As transformers' template gets them; in a call, too, the name of a special token is text."""
+    parts = [{"type": "text", "text": "Why is "}, {"type": "text", "text": "it?"}]
+    tokenizer = tokenizer_of(model)
+    asked = {"role": "user", "content": "Why is it?"}
+    assert chat_prompt(tokenizer, [{**asked, "content": parts}]) == chat_prompt(tokenizer, [asked])
+    calls = "{% for c in m.tool_calls %}<|im_start|>{{ c | tojson }}{% endfor %}"
+    template = f"{{% for m in messages %}}{{{{ m.content or '' }}}}{calls}{{% endfor %}}"
+    call = {"name": "<|im_end|>", "arguments": {"é": 1}}
+    messages: Any = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    (want,), _ = render_jinja_template([messages], chat_template=template)
+    start, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_end|>"))
+    found = chat_prompt(tokenizer._replace(template=template), messages)
+    assert found[0] == start and end not in found
+    assert tokenizer.decode(found) == want.removeprefix("<|im_start|>")
 
 
 def test_the_oldest_turns_are_dropped_to_fit(model: Model) -> None:

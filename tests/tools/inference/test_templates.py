@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import LLAMA2, LLAMA3, LLAMA31, NAMESPACE, ZEPHYR
 from texts import MESSAGES, NAMES, drawn, tokenizer_with
 from transformers import AutoTokenizer
 
@@ -13,68 +14,6 @@ from lovely_llama_tools.formats.files import default_model, load_tokenizer
 from lovely_llama_tools.inference.chat import chat_prompt
 from lovely_llama_tools.tokens import Tokenizer, folder_tokenizer, tokenizer_files
 
-# Meta's llama/generation.py (chat_completion) and models/llama3/chat_format.py, TinyLlama's and SmolLM2's model cards.
-LLAMA2 = """
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}
-    {%- set turns = messages[1:] %}
-{%- else %}
-    {%- set system, turns = '', messages %}
-{%- endif %}
-{%- for message in turns %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('roles must alternate: user, assistant, …') }}
-    {%- endif %}
-    {%- if message['role'] == 'user' %}
-        {{- bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}
-    {%- else %}
-        {{- ' ' + message['content'].strip() + ' ' + eos_token }}
-    {%- endif %}
-{%- endfor %}"""
-LLAMA3 = """
-{%- for message in messages %}
-    {%- if loop.first %}{{ bos_token }}{% endif %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {{- message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
-LLAMA31 = """{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
-{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system, messages = messages[0]['content'] | trim, messages[1:] %}
-{%- else %}
-    {%- set system = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n" }}
-{{- "Today Date: " + date_string }}
-{%- if tools is not none %}
-    {%- for tool in tools %}{{- "\\n" + tool | tojson(indent=4) }}{% endfor %}
-{%- endif %}
-{{- "\\n\\n" + system + "<|eot_id|>" }}
-{%- for message in messages %}
-    {%- if message.role == 'ipython' %}{% continue %}{% endif %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {%- generation %}{{- message['content'] | trim }}{% endgeneration %}{{- '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
-ZEPHYR = """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>\\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>\\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>\\n'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
-NAMESPACE = """{%- set state = namespace(said=0, names=dict(a='é')) %}
-{%- for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}{% set state.said = state.said + 1 %}
-  {{- m | tojson }} {{ m.items() | list | length }}
-{% endfor %}{{ state.said }}{{ state.names | tojson(ensure_ascii=True) }}"""
 TEMPLATES = {
     "llama 2": LLAMA2, "llama 3": LLAMA3, "llama 3.1": LLAMA31, "zephyr": ZEPHYR, "namespaces": NAMESPACE,
     "smollm2": "",
