@@ -235,11 +235,11 @@ def spoken(turns: Any) -> Any:
     return [speech(turn) for turn in cast(list[Any], turns)]
 
 
-def speech(turn: Any) -> Any:
+def speech(turn: object) -> object:
     """A turn of ShareGPT."""
     given = cast(dict[str, Any], turn) if isinstance(turn, dict) else {}
     if "from" not in given:
-        return turn
+        return cast(object, turn)
     known = isinstance(given["from"], str) and given["from"] in SPEAKERS
     check("from", f"{given['from']!r:.40}", known, f"one of {', '.join(SPEAKERS)}", "row")
     others = {key: part for key, part in given.items() if key not in ("from", "value")}

@@ -314,8 +314,8 @@ def test_names_of_special_tokens_in_texts(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl"):
         plain, named = (
             prepare(
-                [str(tmp_path / name)], tmp_path / f"{name}{special}", tokenizer=tokenizer, seq=100, fraction=0.0, pack=True,
-                special=special,
+                [str(tmp_path / name)], tmp_path / f"{name}{special}", tokenizer=tokenizer, seq=100, fraction=0.0,
+                pack=True, special=special,
             )
             for special in (False, True)
         )  # fmt: skip
