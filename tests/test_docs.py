@@ -28,6 +28,7 @@ from test_dev import load_dev
 
 import lovely_llama
 from lovely_llama_tools.commands import chat as talk
+from lovely_llama_tools.commands import main
 from lovely_llama_tools.comparing import properties
 from lovely_llama_tools.formats import files
 
@@ -142,6 +143,26 @@ def test_the_import_hook_checks_what_the_signatures_declare(editable: bool, prog
     """Ids of numpy, and fields of the parameters: of a layer by the hook, of a model by name, with or without it."""
     own, path = (OWN, "") if editable else (programs, BESIDES)
     assert run(own, own / "python", "-c", HOOKED, cwd=tmp_path, path=path).stdout == REFUSED.lstrip()
+
+
+DATA = (ROOT / "docs" / "data.md").read_text()
+ROWS = re.findall(r"^`([\w.]+)`.*?```json\n(.*?)```", DATA, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "rows"), ROWS, ids=[name for name, _ in ROWS])
+def test_examples_of_data_are_seen_as_the_page_shows(
+    name: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(rows * 2)
+    (command,) = re.findall(r"```sh\nlovely-llama (.*)\n", DATA)
+    words = command.replace("messages.jsonl", str(tmp_path / name)).replace("MODEL", str(files.default_model())).split()
+    if name == "alpaca.json":  # one array
+        (tmp_path / name).write_text(rows)
+    more = ["--pack"] if "text" in name else []
+    assert main([*words, *more, "--val-fraction", "0"]) == 0
+    (shown,) = re.findall(r"```text\n(.*?)```", DATA, re.DOTALL)
+    text = "The⟦ sky is blue because of Rayleigh scattering.<|im_end|>⟧" if "text" in name else shown
+    assert capsys.readouterr().out.startswith(text.rstrip())
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "./dev"])
