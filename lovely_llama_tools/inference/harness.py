@@ -216,7 +216,7 @@ def run_tasks(
     adapted = harness(model, batch)
     library, managers = extra("lm_eval", "eval"), extra("lm_eval.tasks", "eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's pool of processes: jax has threads, and must not fork
+    no_forks()
     if how.get("apply_chat_template"):
         adapted.chat_template(how["apply_chat_template"])  # refuses a model without one before tasks are loaded
     with contextlib.redirect_stdout(sys.stderr):
@@ -228,6 +228,11 @@ def run_tasks(
         return library.simple_evaluate(
             adapted, tasks=[*tasks], task_manager=manager, bootstrap_iters=BOOTSTRAPS, log_samples=False, **how
         )
+
+
+def no_forks() -> None:
+    """Keep lm-eval from its pool of processes: they would be forked from one that has threads, and takes signals."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 
 def metrics(found: Any) -> dict[str, Any]:
@@ -250,5 +255,6 @@ def tables(found: Any) -> str:
 def lm_eval(words: Sequence[str]) -> None:
     """lm-eval's own command line, with `lovely-llama` among its model types."""
     adapter()
+    no_forks()
     sys.argv = ["lovely-llama lm-eval", *words]
     extra("lm_eval.__main__", "eval").cli_evaluate()

@@ -313,7 +313,7 @@ def nothing(world: World) -> Any:
 OURS = {  # the field of `Config` whose check stands behind that of the file's
     "num_hidden_layers": "layers", "vocab_size": "vocab", "hidden_size": "dim", "intermediate_size": "hidden_dim",
     "rms_norm_eps": "eps", "rope_theta": "theta", "max_position_embeddings": "ctx", "num_key_value_heads": "kv_heads",
-    "num_attention_heads": "q_per_kv",
+    "num_attention_heads": "q_per_kv", "tie_word_embeddings": "tied",
 }  # fmt: skip
 
 
