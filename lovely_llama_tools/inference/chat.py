@@ -3,7 +3,7 @@
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple, cast
 
 from lovely_llama import LlamaError, check
@@ -127,7 +127,7 @@ def variables(tokenizer: Tokenizer) -> dict[str, Any]:
 def unused(messages: Sequence[Mapping[str, Any]], source: str, n: int) -> list[str]:
     """Characters for private use that occur neither in messages nor in a template."""
     written = {*source}.union(*strings(messages))
-    return [c for c in map(chr, range(0xE000, 0xF8FF)) if c not in written][:n]
+    return [*islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in written), n)]
 
 
 def escape(tokenizer: Tokenizer, value: Any, mark: str) -> Any:
