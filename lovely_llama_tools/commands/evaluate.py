@@ -107,6 +107,7 @@ def on_texts(args: argparse.Namespace) -> dict[str, Any]:
         except LlamaError as error:
             file = path if error.file in ("text", "arguments") and error.field in ("text", "tokens") else error.file
             raise LlamaError(file, error.field, error.got, error.expected) from error
+    check("rows", "none that can be scored", bool(found), "an answer in one of them", ", ".join(args.texts))
     sizes = [score.bytes for score in found if score.bytes is not None]
     total = Score(sum(s.nats for s in found), sum(s.tokens for s in found), sum(sizes) if sizes else None)
     return {

@@ -32,7 +32,11 @@ def score_records(model: Model, path: Path, ctx: int | None = None, stride: int 
             (found,) = encoder.encode([record])
         ids, learned = (found.ids[: most + 1], found.answers[1 : most + 1]) if isinstance(found, Learned) else ([], [])
         if not any(learned):
-            why = f"{found.field}: got {found.got}" if isinstance(found, LlamaError) else f"no answer in {most} tokens"
+            why = (
+                f"{found.field}: got {found.got}"
+                if isinstance(found, LlamaError)
+                else f"no answer in {counted(most, 'token')}"
+            )
             skipped.append(f"{where}: {why}")
             continue
         own = np.flatnonzero(learned)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from builders import TINY, counting_model, random_params, tiny_arrays, tiny_fields, tokenizer_of, write_gguf
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lovely_llama import LlamaError
 from lovely_llama_tools import Model, load, perplexity, save
@@ -160,3 +160,32 @@ def test_nothing_to_evaluate_is_refused(folder: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     for option in ("MODEL", "TEXT", "--ctx", "--stride", "--tasks", "--include-path", "--num-fewshot", "--json"):
         assert option in shown
+
+
+def test_the_answers_of_conversations_are_scored(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As training learns them: each answer, and the token that ends it, given all that precedes."""
+    talks = [
+        [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "the é"}],
+        [{"role": "user", "content": "the theory " * 9}, {"role": "assistant", "content": "the end"}],
+        [{"role": "user", "content": "no answer"}],
+    ]
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps([{"messages": talk} for talk in talks]))
+    assert main(["evaluate", str(folder), str(path), "--ctx", "64", "--json"]) == 0
+    captured = capsys.readouterr()
+    oracle: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference: Any = AutoTokenizer.from_pretrained(folder)
+    ids = reference.apply_chat_template(talks[0])["input_ids"]
+    begin = len(reference.apply_chat_template(talks[0][:1], add_generation_prompt=True)["input_ids"])
+    end = ids.index(reference.convert_tokens_to_ids("<|im_end|>"), begin) + 1
+    with torch.no_grad():
+        logits = oracle(torch.tensor([ids])).logits[0]
+    nats = torch.nn.functional.cross_entropy(logits[begin - 1 : end - 1], torch.tensor(ids[begin:end]), reduction="sum")
+    found = json.loads(captured.out)
+    assert (found["tokens"], found["bytes"]) == (end - begin, len("the é".encode()))
+    assert found["nats_per_token"] == pytest.approx(float(nats) / (end - begin), rel=1e-5)
+    assert f"note: 2 rows left out: {path}, row 2: no answer in 64 tokens; {path}, row 3: messages: got" in captured.err
+    assert main(["evaluate", str(folder), str(path), "--ctx", "2"]) == 2
+    assert "rows: got none that can be scored" in capsys.readouterr().err

@@ -138,8 +138,9 @@ IDS = np.arange(200, dtype=np.uint16) % 11
 WRONG = np.where(np.arange(200) == 150, 11, IDS).astype(np.uint16)
 WIDE = np.arange(200).reshape(20, 10).astype(np.uint16) % 11
 ANY_ID = {".data.token_files:read_part": "lambda part, at, size, vocab: original(part, at, size, 2**31)"}
-LOSSY = {".data.corpora:read_blocks": "lambda path: iter([path.read_text(errors='replace')])"}
-UNKNOWN = {".tokens.characters:Characters.__call__": "lambda self, text, _: [self.ids.get(c, 0) for c in text]"}
+LOSSY = {".data.reading:read_blocks": "lambda path: iter([path.read_text(errors='replace')])"}
+UNKNOWN = {".tokens.characters:Characters.__call__": "lambda self, text, _=False: [self.ids.get(c, 0) for c in text]"}
+PASSED = {".data.records:as_record": "lambda row: row.get('text', 'abc' * 50)"}
 SIZE_AND_TIME = {
     ".data.token_files:state_of": "lambda number: (os.fstat(number).st_size, os.fstat(number).st_mtime_ns)"
 }
@@ -165,7 +166,7 @@ CASES: dict[str, Case] = {
             "not UTF-8": given("a.txt", b"abc\xff" * 50, "text", "at byte 3", removed=LOSSY),
             "missing": refused(missing, "path", r"none\.txt", OPEN, FileNotFoundError),
             "a FIFO": refused(fifo, "path", r"fifo\.txt", OPEN, TooLong),
-            "no messages": given("a.jsonl", b'{"text": "abc"}\n{"x": 1}\n', "messages", r"a\.jsonl:2", end=TypeError),
+            "no messages": given("a.jsonl", b'{"text": "abc"}\n{"x": 1}\n', "keys", r"a\.jsonl:2", removed=PASSED),
             "no answers": refused(unanswered, "messages", r"talk\.jsonl:1.*none of an assistant", end=Unlike),
             "of another text": refused(of_another_text, "text", r"a\.txt.*'é'", UNKNOWN),
             "train: an id": commanded("t.bin", WRONG, "--vocab 11", "tokens", r"t\.bin.*11 at byte 300", ANY_ID),

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceProcessor
 from test_vocabularies import ALL, need, plain, plain_ids
-from texts import corpus, differing, drawn
+from texts import corpus, differing, drawn, tokenizer_with
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lovely_llama import LlamaError
+from lovely_llama_tools.inference.chat import chat_prompt
 from lovely_llama_tools.tokens import Tokenizer, folder_tokenizer, tokenizer_bin, tokenizer_fields, tokenizer_files
 from lovely_llama_tools.tokens.gguf_fields import gguf_tokenizer
 from lovely_llama_tools.tokens.pieces import bin_tokenizer, sentencepiece_tokenizer
@@ -242,3 +243,33 @@ def test_what_another_thread_writes_on_stderr_arrives(tmp_path: Path, capfd: pyt
     stop.set()
     thread.join()
     assert len(written) > 9 and capfd.readouterr().err == "line\n" * len(written)
+
+
+@pytest.mark.parametrize("adds", [None, True, False])
+@pytest.mark.parametrize("processed", [True, False])
+def test_a_post_processor_decides_about_bos(
+    processed: bool, adds: bool | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in transformers 5; a note says so where add_bos_token is something else."""
+    write(tmp_path, tokenizer_files(tokenizer_with("<s>", "</s>")._replace(adds_bos=processed)))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "add_bos_token": adds}))
+    reference: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert found(tmp_path).begin("hi") == reference("hi").input_ids
+    note = (
+        f"note: {config}: add_bos_token is {json.dumps(adds)}, but tokenizer.json adds {'' if processed else 'no '}BOS"
+    )
+    said = capsys.readouterr().err
+    assert said.startswith(note) if adds not in (None, processed) else not said
+
+
+def test_tokens_that_a_config_names_reach_templates(tmp_path: Path) -> None:
+    """Those for padding and for what is unknown, as in transformers."""
+    write(tmp_path, tokenizer_files(tokenizer_with("<s>", "</s>")))
+    config, template = tmp_path / "tokenizer_config.json", "{{ pad_token }}|{{ unk_token }}|{{ bos_token }}"
+    named = {"pad_token": "<|eot_id|>", "unk_token": "<|im_end|>", "chat_template": template}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **named}))
+    messages, reference = [{"role": "user", "content": "hi"}], AutoTokenizer.from_pretrained(tmp_path)
+    want: Any = reference.apply_chat_template(messages, tokenize=False)
+    assert want == "<|eot_id|>|<|im_end|>|<s>"
+    assert chat_prompt(found(tmp_path), messages) == reference(want, add_special_tokens=False).input_ids

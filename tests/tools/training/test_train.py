@@ -15,7 +15,7 @@ import soak
 import torch
 import transformers
 from asserts import assert_close
-from builders import random_params
+from builders import random_params, tiny_arrays, tiny_fields, write_gguf
 from small_runs import (
     SCHEDULE,
     TINY,
@@ -167,6 +167,45 @@ def test_defaults() -> None:
     s = settled("")
     assert (s.beta1, s.beta2, s.lr, s.final_lr, s.clip, s.warmup) == (0.9, 0.95, 3e-4, 3e-4 / 10, 1.0, 100)
     assert settings.row_length(s, None) == 256
+
+
+# ---- What it says of its data ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Conversations, and a model with a chat template."""
+    folder = tmp_path_factory.mktemp("talks")
+    said = [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "the é"}]
+    (folder / "talks.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 20 + json.dumps(said[:1]))
+    save(load(write_gguf(folder / "tiny.gguf", tiny_fields(), tiny_arrays())), folder / "model")
+    return folder / "talks.jsonl", folder / "model"
+
+
+def test_a_row_is_shown_as_the_model_sees_it(talks: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+    """And nothing is trained, nor written."""
+    path, model = talks
+    done = run(path, "--init-from", model, "--show", "--out", tmp_path / "run")
+    assert (done.status, done.out) == (
+        0, "<|im_start|>user\nthe sea<|im_end|>\n<|im_start|>assistant\n⟦the é<|im_end|>⟧\n\n"
+    )  # fmt: skip
+    data, note = done.err.splitlines()
+    assert data == "data: 20 rows, 620 tokens, 100 of them to learn from"  # t, he, a space, é and <|im_end|>
+    assert note.startswith(
+        f"note: 1 row left out: {path}:21: messages: got 1 of the roles 'user', none of an assistant"
+    )
+    assert not (tmp_path / "run").exists()
+    np.save(tmp_path / "ids.npy", np.arange(40, dtype=np.uint16))
+    shown = run(tmp_path / "ids.npy", "--vocab 50 --ctx 3 --show")
+    assert (shown.status, shown.out) == (0, "0 ⟦1⟧ ⟦2⟧ ⟦3⟧\n")
+
+
+def test_a_sample_answers_a_prompt_held_out(talks: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+    path, model = talks
+    how = "--steps 1 --batch 2 --sample 5 --ctx 60"
+    assert run(path, "--init-from", model, how, "--out", tmp_path / "run").status == 0
+    (line,) = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"].startswith("user\nthe sea\nassistant\n")
 
 
 # ---- Interrupted, and resumed ----------------------------------------------------------------------------------------
