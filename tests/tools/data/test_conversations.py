@@ -248,6 +248,19 @@ def test_rows_that_cannot_be_learned_are_left_out_and_named(tmp_path: Path) -> N
         prepared(tmp_path, [MESSAGES[:1]] * 2, gone)
 
 
+def test_a_row_that_a_template_fails_on_stops_no_other(tmp_path: Path) -> None:
+    """By an error of its own, or by more time than it is given."""
+    loops = "{% for i in range(99999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    each = "{%- for m in messages %}"
+    odd_or_slow = f"{{% set x = 1 // (m.content != 'odd') %}}{{% if 'slow' in m.content %}}{loops}{{% endif %}}"
+    template = QWEN.replace(each, each + odd_or_slow, 1)
+    odd, late = ([{**MESSAGES[0], "content": text}, MESSAGES[1]] for text in ("odd", "slow"))
+    corpus = prepared(tmp_path, [MESSAGES, odd, MESSAGES, late], template)
+    assert targets(corpus) == [f"{SAID}<|im_end|>"] * 2
+    assert "2 rows left out: " in corpus.says[1] and "jsonl:2: chat_template: got ZeroDivisionError" in corpus.says[1]
+    assert "jsonl:4: chat_template: got one that takes more than 2 s" in corpus.says[1]
+
+
 @pytest.mark.parametrize("content", ["return", "    return", "\n\nHere.", "  two", "\n", "\t1. tea", "ends \n"])
 def test_an_answer_with_spaces_around_it_is_learned(content: str, tmp_path: Path) -> None:
     (found,) = targets(prepared(tmp_path, [[MESSAGES[0], {"role": "assistant", "content": content}]], QWEN))
