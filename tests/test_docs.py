@@ -146,7 +146,7 @@ def test_the_import_hook_checks_what_the_signatures_declare(editable: bool, prog
 
 
 DATA = (ROOT / "docs" / "data.md").read_text()
-ROWS = re.findall(r"^`([\w.]+)`.*?```json\n(.*?)```", DATA, re.MULTILINE | re.DOTALL)
+ROWS = re.findall(r"^\*([\w.]+)\*.*?```json\n(.*?)```", DATA, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(("name", "rows"), ROWS, ids=[name for name, _ in ROWS])

@@ -129,6 +129,8 @@ def train(settings: Settings, folder: Path, at: int | None, resuming: bool, allo
         described = {"options": settings._asdict(), "config": asdict(config), "fingerprints": fingerprints}
         if writes:
             write_json(folder / RUN, {**described, "versions": versions()})
+        for line in corpus.says if writes else ():
+            print(line, file=sys.stderr)
         logger = stack.enter_context(
             metrics_logger(folder, progress, settings.steps) if writes else nullcontext(SilentLogger())
         )
@@ -174,8 +176,6 @@ def initialised(
     base = load(settings.init_from, "float32", mesh) if settings.init_from else None
     with in_turn("data"):
         corpus = corpus_of(settings, folder / DATA, base, replace=not shapes_alone)
-    for line in corpus.says if index() == 0 else ():
-        print(line, file=sys.stderr)
     config = base.config if base else new_config(settings, corpus.vocab)
     check("vocab", corpus.vocab, corpus.vocab <= config.vocab, f"at most {config.vocab}, the model's", "data")
     check("lora", settings.lora, (settings.lora or 1) <= config.dim, f"at most the width, {config.dim}")

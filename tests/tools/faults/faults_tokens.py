@@ -243,11 +243,8 @@ def without_stderr(world: World) -> None:
 # ---- E6: BOS and EOS -------------------------------------------------------------------------------------------------
 
 
-def no_bos(found: dict[str, Any]) -> None:
-    found["post_processor"] = None
-
-
-NONE, ADDED, FLAGGED = {"bos_token": "<bos>"}, {"add_bos_token": True}, {"eos_token": {"content": "<eos>"}}
+NONE, FLAGGED = {"bos_token": "<bos>"}, {"eos_token": {"content": "<eos>"}}
+ADDED = {"add_bos_token": True, "added_tokens_decoder": {"258": {"content": "<x>", "special": True}}}
 
 
 def ends(bos: int | None, eos: int | None) -> Act:
@@ -447,7 +444,7 @@ CASES: dict[str, Case] = {
             "a number": bad("bos_token", "5", json=json_source(), config={"bos_token": 5}, end=Exception),
             "of a model": bad("bos_token", "<bos>", end=Unlike, model=proto(), config=NONE),
             "of ranks": bad("bos_token", "<bos>", end=Unlike, model=ranks(), config=NONE),
-            "to be added, but none": bad("bos_token_id", "none", json=described(no_bos), config=ADDED),
+            "to be added, but none": bad("bos_token_id", "none", model=ranks(), config=ADDED),
             "perhaps to be added": bad("add_bos_token", "'yes'", json=json_source(), config={"add_bos_token": "yes"}),
             "an id out of range": refused(ends(9, None), "bos_token_id", "0 to 2"),
             "an id below 0": refused(ends(None, -1), "eos_token_id", "-1"),
