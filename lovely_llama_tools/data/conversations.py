@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from lovely_llama import LlamaError, check
 
-from ..inference.chat import ROLES, Placed, escape, template_of, tokens_of, unused, variables
+from ..inference.chat import Placed, escape, template_of, tokens_of, unused, variables
 from ..tokens import Refused, Tokenizer, render_all
 from ..tokens.parts import encode_known, specials
 from .records import Conversation
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
 class Answer(NamedTuple):

@@ -42,8 +42,8 @@ class Notes:
         if self.skipped:
             yield f"{counted(len(self.skipped), 'row')} left out: {'; '.join(map(str, self.skipped[:3]))}"
         if self.endless:
-            where = f"in {counted(self.endless, 'conversation')}"
-            yield f"the chat template ends no answer with a token to stop at {where}, so stopping is not learned"
+            where = counted(self.endless, "conversation")
+            yield f"no token to stop at follows an answer in {where}: there the model does not learn to stop"
         if self.letters:
             yield f"{self.letters} in texts is read as letters; with --special-tokens, as the token of that name"
 

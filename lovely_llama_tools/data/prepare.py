@@ -130,8 +130,8 @@ def prepare_texts(
                 with progress("tokens", size, "B") as advance:
                     encode = partial(encode_file, tokenizer=tokenizer, notes=notes, special=special)
                     said = write_tokens(files, folder, encode, vocab or len(tokenizer.pieces), origin, advance)
-                check_rows(said, notes, where)
                 unless_complete.callback(discard, folder, [*said.sha256])
+                check_rows(said, notes, where)
                 made[DESCRIPTION] = to_json(said._asdict(), indent=2).encode()
             corpus = open_corpus([folder / IDS], where, tokenizer, vocab, said, rows)
             unless_complete.pop_all()

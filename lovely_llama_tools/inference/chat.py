@@ -11,8 +11,6 @@ from lovely_llama import LlamaError, check
 from ..tokens import NAMES, Tokenizer, check_text, encode_parts, render, segments
 from ..tokens.parts import continue_text, specials
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-
 
 def recent(tokenizer: Tokenizer | None, messages: list[dict[str, str]], limit: int) -> list[dict[str, str]]:
     """Drop the oldest turns until the prompt fits into `limit` tokens. A system message and the last message stay."""

@@ -53,20 +53,15 @@ def settings_of(model: Model, options: Mapping[str, Any], seed: int) -> Settings
     most = next((options[name] for name in LENGTHS if options.get(name) is not None), NEW)
     good = is_whole(most) and 0 < most < model.config.ctx
     check("max_gen_toks", most, good, f"a number from 1 to {model.config.ctx - 1}", "task")
-    wanted: dict[str, Any] = {
-        "temperature": 0.0,
-        "top_k": None,
-        "top_p": 1.0,
-        "min_p": None,
-        "repetition_penalty": None,
-    }
+    greedy = Sampling(repetition_penalty=None, temperature=0.0, top_k=None, top_p=1.0, min_p=None)
+    wanted: dict[str, Any] = greedy._asdict()
     beams, known = options.get("num_beams", 1), {*LENGTHS, *wanted, "until", "do_sample", "num_beams"}
     unknown = ", ".join(f"{k}={v}" for k, v in options.items() if k not in known or (k == "num_beams" and beams != 1))
     check("generation_kwargs", unknown, not unknown, f"until, do_sample, max_gen_toks, {', '.join(wanted)}", "task")
     wanted |= {name: options[name] for name in wanted if options.get(name) is not None}
-    warm, random = wanted["temperature"], options.get("do_sample")
-    check("temperature", f"{warm} with do_sample", bool(warm) or random is not True, "a number above 0", "task")
-    wanted["temperature"] = 0.0 if random is False else warm
+    warm, sampled = wanted["temperature"], options.get("do_sample")
+    check("temperature", f"{warm} with do_sample", bool(warm) or sampled is not True, "a number above 0", "task")
+    wanted["temperature"] = 0.0 if sampled is False else warm
     wanted["top_k"] = wanted["top_k"] or None  # 0 is no limit
     return checked(model, int(most), Sampling(**wanted), seed, [text for text in until if text])
 

@@ -25,6 +25,7 @@ TEMPLATES = {
 
 def with_template(folder: Path, template: str) -> tuple[Tokenizer, Any]:
     """A tokenizer with this template, and transformers' of the same folder."""
+    folder.mkdir(exist_ok=True)
     for file, data in tokenizer_files(tokenizer_with("<s>", "</s>")._replace(template=template)).items():
         (folder / file).write_bytes(data)
     tokenizer = folder_tokenizer(folder)
@@ -211,6 +212,24 @@ def test_tables_are_refused_with_how_to_convert_them(name: str, tmp_path: Path) 
         prepare([str(tmp_path / name)], tmp_path / "data", seq=8)
 
 
+def test_what_a_folder_holds_and_files_without_rows(tmp_path: Path) -> None:
+    """Arrays, and rows under their names; settings in JSON are passed over. What is refused leaves no tokens behind."""
+    tokenizer, _ = with_template(tmp_path / "model", QWEN)
+    (folder := tmp_path / "rows").mkdir()
+    for name, content in (
+        ("a.json", [{"text": "b" * 9}]),
+        ("config.json", {"text": "c" * 9}),
+        ("d.NDJSON", {"text": "d"}),
+    ):
+        (folder / name).write_text(json.dumps(content))
+    corpus = prepare([str(folder)], tmp_path / "data", tokenizer=tokenizer, seq=40, fraction=0.0, pack=True)
+    assert corpus.says[0].startswith("data: 2 texts, ")
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(LlamaError, match="rows: got none, expected texts or conversations"):
+        prepare([str(tmp_path / "none.json")], tmp_path / "empty", tokenizer=tokenizer, seq=8)
+    assert not [*(tmp_path / "empty").iterdir()]
+
+
 # ---- What is learned -------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +318,18 @@ def test_tools_go_to_the_template(tmp_path: Path) -> None:
         assert found.answers == learned_by_tools(reference, messages, tools, tokenizer)
 
 
+def test_documents_and_variables_go_to_the_template(tmp_path: Path) -> None:
+    template = "{{ documents | tojson }}{{ style }}" + QWEN
+    tokenizer, reference = with_template(tmp_path, template)
+    given: Any = {"documents": [{"title": "é"}], "chat_template_kwargs": {"style": "brief"}}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES, **given}))
+    ((_, record),) = read_records(tmp_path / "a.jsonl")
+    assert isinstance(record, Conversation)
+    (found,) = Encoder(tokenizer).encode([record])
+    assert isinstance(found, Learned)
+    assert found.ids == ids_of(reference, MESSAGES, documents=given["documents"], style="brief")
+
+
 def learned_by_tools(reference: Any, messages: list[Any], tools: list[Any], tokenizer: Tokenizer) -> list[int]:
     ids = ids_of(reference, messages, tools=tools)
     mask, stop = [0] * len(ids), tokenizer.specials["<|im_end|>"]
@@ -314,7 +345,7 @@ def test_a_template_that_ends_no_turn_is_told(tmp_path: Path) -> None:
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     corpus = prepared(tmp_path, [MESSAGES * 2], template)
     assert targets(corpus) == [SAID * 2]
-    assert "ends no answer with a token to stop at in 1 conversation, so stopping is not learned" in corpus.says[1]
+    assert corpus.says[1].startswith("note: no token to stop at follows an answer in 1 conversation: ")
 
 
 def test_names_of_special_tokens_in_texts(tmp_path: Path) -> None:
