@@ -56,6 +56,7 @@ def test_the_readmes_environment_is_made_by_its_pip_lines(tmp_path: Path, monkey
     """Once, and anew when these lines or the requirements change, so that nothing of the old one remains.
 
     Where only modules change, their copies are replaced."""
+    monkeypatch.delenv("CONSTRAINTS", raising=False)
     dev, ran = load_dev(), list[list[str]]()
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     monkeypatch.setattr(dev, "README", tmp_path / ".venv" / "readme")

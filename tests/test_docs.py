@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import bench
@@ -347,14 +348,17 @@ def test_the_error_table_is_up_to_date(errors: Columns) -> None:
 
     On one machine they are reproducible. Another may sum in a different order and round bfloat16 in other places, but a
     norm over thousands of rounding errors hardly moves: more than a factor of 2 means that the arithmetic has changed.
+    Ours in bfloat16 depend on how XLA fuses products, and are compared for the pinned jaxlib alone.
     """
+    pinned = f"jaxlib=={version('jaxlib')}" in (ROOT / "requirements.txt").read_text().split()
     _, written, _ = numerics.split(numerics.PAGE.read_text())
     made = numerics.table(errors)
     stale = "docs/numerics.md is stale: run ./dev numerics --write"
     assert FIGURE.sub("#", written) == FIGURE.sub("#", made), stale
     for then, now in zip(written.splitlines(), made.splitlines(), strict=True):
-        for a, b in zip(FIGURE.findall(then), FIGURE.findall(now), strict=True):
-            assert 1 / 2 <= float(a) / float(b) <= 2, f"{stale}: got {now}, expected {then}"
+        for column, a, b in zip(errors, then.split("|")[2:], now.split("|")[2:], strict=False):
+            if FIGURE.search(a) and (pinned or column != "bfloat16"):
+                assert 1 / 2 <= float(a) / float(b) <= 2, f"{stale}: got {now}, expected {then}"
 
 
 @pytest.mark.parametrize("row", [*numerics.FUNCTIONS, *numerics.DEPTHS])

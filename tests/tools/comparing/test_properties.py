@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
@@ -93,13 +94,14 @@ def test_transformers() -> None:
     )  # fmt: skip
     theirs = LlamaForCausalLM(config).eval()
     theirs.set_attn_implementation("eager")
+    given = "cache" if "cache" in signature(theirs.forward).parameters else "past_key_values"  # the older name
 
     def whole(tokens: Any) -> Any:
         return theirs(torch.tensor(tokens)[None]).logits[0]
 
     def cached(tokens: Any, cache: Any) -> tuple[Any, Any]:
-        out = theirs(torch.tensor(tokens)[None], past_key_values=cache, use_cache=True)
-        return out.logits[0], out.past_key_values
+        out = theirs(torch.tensor(tokens)[None], **{given: cache}, use_cache=True)
+        return out.logits[0], out[given]
 
     check_causality(whole, TOKENS, 29)
     check_cache(cached, whole, TOKENS)
