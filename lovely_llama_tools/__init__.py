@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .comparing.properties import check_logits as check_logits
     from .comparing.properties import check_rotation as check_rotation
     from .comparing.properties import check_rows as check_rows
+    from .comparing.trace import trace as trace
     from .formats.files import default_model as default_model
     from .formats.files import load as load
     from .formats.files import save as save
@@ -41,6 +42,7 @@ WHERE = {
     "comparing.properties": [
         "check_cache", "check_causality", "check_heads", "check_logits", "check_rotation", "check_rows",
     ],
+    "comparing.trace": ["trace"],
     "formats.files": ["default_model", "load", "save"],
     "formats.model": ["Model"],
     "formats.hugging_face": ["from_hf", "to_hf"],

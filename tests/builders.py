@@ -1,6 +1,7 @@
 """Test data: configs, parameters, tokenizers, models, and files that hold them."""
 
 import functools
+import inspect
 import json
 import math
 import struct
@@ -53,6 +54,11 @@ def layers_of(params: Params) -> tuple[Block, ...]:
     """The blocks, which must be in a tuple."""
     assert not isinstance(params.blocks, Block)
     return params.blocks
+
+
+def cache_name(oracle: Any) -> str:
+    """What transformers' model calls its cache, by the new name or the old one."""
+    return "cache" if "cache" in inspect.signature(oracle.forward).parameters else "past_key_values"
 
 
 def random_arrays(layout: Layout, config: Config, seed: int) -> Arrays:

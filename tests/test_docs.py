@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import bench
+import catalogue
 import formats
 import numerics
 import numpy as np
@@ -327,6 +328,12 @@ def test_a_machine_replaces_its_own_section() -> None:
 def test_the_tables_of_formats_are_up_to_date() -> None:
     _, written, _ = formats.split(formats.PAGE.read_text())
     assert written == formats.table(), "docs/files.md is stale: run ./dev formats --write"
+
+
+def test_the_catalogue_is_up_to_date() -> None:
+    _, written, _ = numerics.split(catalogue.PAGE.read_text(), catalogue.MARKS)
+    assert written == catalogue.table(), "docs/diff.md is stale: run ./dev catalogue --write"
+    assert f"lists\n{len(catalogue.BUGS)} known bugs" in README
 
 
 # ---- Numerics --------------------------------------------------------------------------------------------------------

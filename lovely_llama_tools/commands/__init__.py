@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from lovely_llama import LlamaError, __version__
 
 from ..interrupts import tell_error
-from . import chat, convert, evaluate, inspect, launch, lm_eval, plan, plot, tokenize, train
+from . import chat, convert, evaluate, golden, inspect, launch, lm_eval, plan, plot, tokenize, trace, train
 from .options import Arguments, Formatter, add_subcommands, describe, prints_help
 
-COMMANDS = (chat, train, launch, plan, evaluate, lm_eval, plot, convert, inspect, tokenize)
+COMMANDS = (chat, train, launch, plan, evaluate, lm_eval, plot, trace, golden, convert, inspect, tokenize)
 
 
 ABOUT = "Llama models: talk to them, train them, convert, measure and inspect them. Each command has its own --help."

@@ -17,6 +17,7 @@ Options = Mapping[str, Mapping[str, dict[str, Any]]]  # by group and name: the a
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+IDS = re.compile(r"\s*\d{1,18}([\s,]+\d{1,18})*\s*", re.ASCII)
 MODEL = "a file, a folder, or a name on Hugging Face's hub"
 MESH = (
     "split over devices, such as data=2,tensor=4: tensor splits layers and their caches, fsdp the storage of "
@@ -78,8 +79,13 @@ def chosen_mesh(text: str | None) -> Mesh | None:
 def ids(text: str, path: object) -> list[int]:
     """Parse token ids, given in place of text to a model without a tokenizer."""
     expected = "a tokenizer.json, .model or .bin beside the model, or token ids in place of text, such as '1 15043'"
-    good = re.fullmatch(r"\s*\d{1,18}([\s,]+\d{1,18})*\s*", text, re.ASCII)
-    check("tokenizer", "none", bool(good), expected, path)
+    check("tokenizer", "none", bool(IDS.fullmatch(text)), expected, path)
+    return numbers(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Token ids, with spaces or commas between."""
+    check("tokens", f"{text!r:.60}", bool(IDS.fullmatch(text)), "token ids, such as '1 15043'")
     return [int(word) for word in re.findall(r"\d+", text)]
 
 

@@ -5,11 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lovely_llama import CONFIGS, check, check_tokens
 
+from ..comparing.trace import trace
 from ..formats.files import checkpoint, load
 from ..inference.generate import encode_prompt
-from ..pictures.attention import LONGEST, attention_weights, draw_attention
+from ..pictures.attention import LONGEST, draw_attention
 from ..pictures.losses import draw_losses
 from ..pictures.rotary import draw_rope
 from ..pictures.style import check_picture, write_figure
@@ -92,8 +95,9 @@ def attention(args: argparse.Namespace) -> None:
         pieces = [model.tokenizer.pieces[token].decode("utf-8", "backslashreplace") for token in tokens]
         labels = [names.get(token, piece) for token, piece in zip(tokens, pieces, strict=True)]
     tokens = check_tokens(tokens, config.vocab, limit, "text")
-    maps = attention_weights(model.params, tokens, config)
-    write_figure(draw_attention({i: maps[i] for i in chosen}, labels, args.text), args.out)
+    weights = trace(model, tokens, [f"layers.{i}.weights" for i in chosen])
+    maps = {i: np.asarray(weights[f"layers.{i}.weights"], np.float32) for i in chosen}
+    write_figure(draw_attention(maps, labels, args.text), args.out)
     print(args.out)
 
 

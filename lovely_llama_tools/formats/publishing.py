@@ -4,7 +4,7 @@ import filecmp
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,32 @@ def check_companion(path: Path, target: Path, owners: Sequence[Path], replaces: 
     free = not owners and (replaces or not target.exists())
     got = "a path that exists" if target.exists() else "a name"
     check("path", got + used, free, f"the same contents, or another folder for {path.name}", target)
+
+
+def check_new(path: Path, force: bool, suffixes: Collection[str] = ()) -> None:
+    """Refuse a file that could not be written, before anything is computed for it."""
+    must = partial(check, "path", file=path)
+    must(repr(path.suffix), not suffixes or path.suffix in suffixes, f"a name that ends in {', '.join(suffixes)}")
+    must("a NUL character", "\0" not in str(path), "a name without")
+    try:
+        must("a path that exists", force or not path.exists(), "a new one, or --force")
+        must("a folder", not path.is_dir(), "a file")
+        must("a folder that does not exist", path.parent.is_dir(), "a file in one that does")
+    except OSError as error:
+        raise LlamaError(path, "path", error.strerror, "a place that can be written to") from error
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file, whole or not at all, in place of any that is there. `write` gets the path of a part."""
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    try:
+        try:
+            write(part)
+            publish(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise LlamaError(path, "path", error.strerror, "a place that can be written to") from error
 
 
 def same(new: Path, target: Path) -> bool:

@@ -10,15 +10,16 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from lovely_llama import check, is_whole
 
 from ..extras import counted
 from ..strict_json import read_json, to_json
-from .model import read_at
+from .model import Tensor, read_at
 
 KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+WHOLE = {"I32": np.dtype("<i4")}  # which no weights are in
 HEADER = 2**21  # bytes; those of a Llama of a thousand layers need half of that
 
 
@@ -75,13 +76,24 @@ def write_safetensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, get: Callable[[str], Float[np.ndarray, "..."]]
 ) -> None:
     """Write tensors of one dtype, one at a time in memory; the package safetensors needs all of them at once."""
+    write_tensors(path, {name: Tensor(shape, dtype) for name, shape in shapes.items()}, get)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    """Write arrays as they are: of floating-point numbers, or of whole ones in int32."""
+    kinds = {dtype: kind for kind, dtype in (KINDS | WHOLE).items()}
+    write_tensors(path, {name: Tensor(array.shape, kinds[array.dtype]) for name, array in arrays.items()}, arrays.get)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], get: Callable[[str], Any]) -> None:
+    """Write the header, then each tensor when its turn comes."""
     header, at = dict[str, Any](__metadata__={"format": "pt"}), 0  # without which transformers reads none of it
-    for name, shape in shapes.items():
-        end = at + KINDS[dtype].itemsize * math.prod(shape)
+    for name, (shape, dtype) in tensors.items():
+        end = at + (KINDS | WHOLE)[dtype].itemsize * math.prod(shape)
         header[name], at = {"dtype": dtype, "shape": shape, "data_offsets": (at, end)}, end
     text = to_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
+        for name in tensors:
             file.write(np.ascontiguousarray(get(name)).reshape(-1).view(np.uint8).data)

@@ -1,94 +1,17 @@
-"""Attention maps: the weight that each head gives each token, and their picture, a grid of layers × heads."""
+"""A picture of attention: the weight that each head gives each token, a grid of layers × heads."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from textwrap import shorten
 from typing import Any
 
 import numpy as np
-from jax import numpy as jnp
-from jax import vmap
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float
 
-from lovely_llama import (
-    Attention,
-    Block,
-    Cache,
-    Config,
-    Params,
-    Positions,
-    attention,
-    block,
-    check_tokens,
-    embed,
-    empty_cache,
-    positions,
-    rms_norm,
-)
-
-from ..devices.programs import Program
 from ..extras import extra
-from ..fast.layers import in_tuple
 from .style import INK, legible, new_figure
 
 LONGEST = 256  # tokens of a text whose maps can still be told apart
 LABELLED = 24  # tokens that are named beside a map
-
-
-def attention_weights(
-    params: Params, tokens: Int[Array | np.ndarray, " seq"] | Sequence[int], config: Config
-) -> list[Float[np.ndarray, "kv_heads q_per_kv seq seq"]]:
-    """The weights with which each token, in the row, attends to each, in the column: of every head, layer by layer."""
-    ids = check_tokens(tokens, config.vocab, config.ctx)
-    x = embed(params, ids)
-    where = positions(0, len(ids), config)
-    (cache,) = empty_cache(replace(config, layers=1), len(ids), params.embed.dtype)
-    found = list[Float[np.ndarray, "kv_heads q_per_kv seq seq"]]()
-    for w in in_tuple(params).blocks:
-        weights, x = observe(w, x, cache, where, config)
-        found.append(np.asarray(weights, np.float32))
-    return found
-
-
-@partial(Program, static_argnames="config")
-def observe(
-    w: Block, x: Float[Array, "seq dim"], cache: Cache, where: Positions, config: Config
-) -> tuple[Float[Array, "kv_heads q_per_kv seq seq"], Float[Array, "seq dim"]]:
-    """A layer's attention weights, and its output."""
-    normed = vmap(lambda x: rms_norm(x, w.attn_norm, config.eps))(x)
-    seq, width = len(x), config.head_dim
-    parts = [probe(w.attn, normed, cache, where, begin, config) for begin in range(0, seq, width)]
-    return jnp.concatenate(parts, axis=-1)[..., :seq], block(w, x, cache, where, config.eps)[0]
-
-
-def probe(
-    w: Attention, x: Float[Array, "seq dim"], cache: Cache, where: Positions, begin: int, config: Config
-) -> Float[Array, "kv_heads q_per_kv seq head_dim"]:
-    """The weights on head_dim tokens from `begin` on, by `attention` itself.
-
-        softmax(q Kᵀ / √d) V  with  V = I
-
-    Each token's input is widened by its own unit vector, out of which W_V makes its value, while W_Q and W_K do not see
-    it; W_O leaves the heads' results side by side."""
-    (seq, dim), heads = x.shape, config.kv_heads * config.q_per_kv
-    width = max(dim + config.head_dim, heads * config.head_dim)  # the output is as wide as the input
-
-    def widened(matrix: Float[Array, "*rows dim"]) -> Float[Array, "*rows width"]:
-        return jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, width - dim)])
-
-    unit = jnp.eye(seq, config.head_dim, -begin, dtype=x.dtype)
-    value = jnp.eye(config.head_dim, width, dim, dtype=x.dtype)
-    out = jnp.eye(width, heads * config.head_dim, dtype=x.dtype)
-    values = jnp.broadcast_to(value, (config.kv_heads, *value.shape))
-    unmixed = out.reshape(width, config.kv_heads, config.q_per_kv, config.head_dim)
-    own = Attention(widened(w.q), widened(w.k), values, unmixed)
-    y, _ = attention(own, widened(x).at[:, dim : dim + config.head_dim].set(unit), cache, where)
-    weights = y[:, : heads * config.head_dim].reshape(seq, config.kv_heads, config.q_per_kv, config.head_dim)
-    return jnp.moveaxis(weights, 0, 2)
-
-
-# ---- The picture -----------------------------------------------------------------------------------------------------
 
 
 def draw_attention(

@@ -2,14 +2,11 @@
 
 import functools
 import io
-import os
 from pathlib import Path
 from typing import Any
 
-from lovely_llama import LlamaError, check
-
 from ..extras import extra
-from ..formats.files import publish
+from ..formats.publishing import check_new, write_whole
 
 INK, PALE = "#1a1a1a", "#d9d9d9"  # of texts and axes, and of grids
 
@@ -54,15 +51,7 @@ def legible(text: str) -> str:
 
 def check_picture(path: str | Path, force: bool) -> None:
     """Refuse a picture that could not be written, before anything is computed for it."""
-    path = Path(path)
-    check("path", repr(path.suffix), path.suffix in DPI, f"a name that ends in {', '.join(DPI)}", path)
-    check("path", "a NUL character", "\0" not in str(path), "a name without", path)
-    try:
-        check("path", "a path that exists", force or not path.exists(), "a new one, or --force", path)
-        check("path", "a folder", not path.is_dir(), "a file", path)
-        check("path", "a folder that does not exist", path.parent.is_dir(), "a file in one that does", path)
-    except OSError as error:
-        raise LlamaError(path, "path", error.strerror, "a place that can be written to") from error
+    check_new(Path(path), force, DPI)
 
 
 def write_figure(figure: Any, path: str | Path) -> None:
@@ -70,12 +59,4 @@ def write_figure(figure: Any, path: str | Path) -> None:
     check_picture(path, force=True)
     path, content = Path(path), io.BytesIO()
     figure.savefig(content, format=path.suffix[1:], dpi=DPI[path.suffix])
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    try:
-        try:
-            part.write_bytes(content.getvalue())
-            publish(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise LlamaError(path, "path", error.strerror, "a place that can be written to") from error
+    write_whole(path, lambda part: part.write_bytes(content.getvalue()))

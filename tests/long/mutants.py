@@ -20,6 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from lovely_llama_tools.comparing.bugs import BUGS
+from lovely_llama_tools.comparing.variants import Words, library, rewritten
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lovely_llama_tools"
 TOOLS = sorted(
@@ -30,13 +33,29 @@ TOOLS = sorted(
 
 
 class Mutant(NamedTuple):
-    """A fault: `new` in place of `old`. `bug` is its number among those that have occurred elsewhere."""
+    """A fault: `new` in place of `old`, or a row of the catalogue. `bug` is its number among those that have occurred
+    elsewhere."""
 
     name: str
     where: int | str  # a part of the library, or a module of the tools
     old: str
     new: str
     bug: int | None = None
+    words: tuple[Words, ...] = ()
+
+    def source(self) -> str:
+        """The file with the fault in it."""
+        text = (ROOT / file_of(self.where)).read_text()
+        changes = [(library()[function].text, new) for function, new in rewritten(self.words).items()]
+        for old, new in changes or [(self.old, self.new)]:
+            assert text.count(old) == 1, f"{self.name}: {old!r} occurs {text.count(old)} times"
+            text = text.replace(old, new)
+        return text
+
+
+def row(name: str, where: int, bug: int | None = None) -> Mutant:
+    """A row of the catalogue of known bugs that changes words."""
+    return Mutant(name, where, "", "", bug, BUGS[name].words)
 
 
 MUTANTS = [
@@ -46,15 +65,15 @@ MUTANTS = [
     Mutant("query heads grouped the other way", 3, "vmap(group)(w.q,", "vmap(group)(w.q.reshape(w.q.shape[1], len(w.q), *w.q.shape[2:]).swapaxes(0, 1),", 3),
     Mutant("theta not passed", 2, "config.theta ** (2", "1e4 ** (2", 4),
     Mutant("llama3 scaling missing", 2, "scaling = config.rope_scaling or RopeScaling(", "scaling = RopeScaling(", 5),
-    Mutant("yarn's ramp inverted", 2, "κ = 1 - (i - begin)", "κ = (i - begin)", 6),
+    row("yarn's ramp turned round", 2, 6),
     Mutant("positions in bfloat16", 2, "f * jnp.asarray(position, f.dtype)", "f * jnp.asarray(position, jnp.bfloat16).astype(f.dtype)", 8),
     Mutant("eps of another model", 2, "lax.rsqrt(eps +", "lax.rsqrt(1e-6 +", 9),
     Mutant("the norm's mean in low precision", 2, "jnp.mean(x32**2)", "jnp.mean(x**2).astype(jnp.float32)", 10),
-    Mutant("norm over seq too", 3, "attention(w.attn, normed, cache", "attention(w.attn, x * lax.rsqrt(eps + jnp.mean(x**2)) * w.attn_norm[None], cache", 11),
-    Mutant("rotation without its sines", 2, "[a * cos - b * sin, a * sin + b * cos]", "[a * cos, b * cos]", 12),
+    row("norm over positions too", 3, 11),
+    row("rotation without its sines", 2, 12),
     Mutant("a tied model untied", 4, "None if config.tied else embed)", "embed)", 13),
     Mutant("a row knows nothing of its start", 3, "last = where.start + jnp.arange(len(x))", "last = jnp.arange(len(x))", 14),
-    Mutant("id 0 taken for padding", 3, "return jnp.asarray(params.embed)[tokens]", "return params.embed[tokens] * (tokens != 0)[:, None].astype(params.embed.dtype)", 15),
+    row("id 0 embedded as zeros", 3, 15),
     Mutant("a block with nothing to see is NaN", "fast/attention", "jnp.ceil(jnp.maximum(shift, scores.max()))", "jnp.ceil(scores.max())", 16),
     Mutant("cache written one late", 3, "start_index=where.start,", "start_index=where.start + 1,", 17),
     Mutant("two BOS", "tokens/base", "return bos + self.encode", "return bos + bos + self.encode", 18),
@@ -67,7 +86,7 @@ MUTANTS = [
     Mutant("up scaled in place of down", 4, 'in ("o", "down") else', 'in ("o", "up") else', 25),
     # Our own.
     Mutant("mask one short", 2, "(position <= last)", "(position < last)"),
-    Mutant("mask one long", 2, "(position <= last)", "(position <= last + 1)"),
+    row("mask one long", 2),
     Mutant("keys counted twice where blocks overlap", "fast/attention", "jnp.maximum(i * size, first) <= position", "first <= position"),
     Mutant("a block with nothing to see comes first", "fast/attention", "(lowest, zeros[0], zeros)", "(lowest - jnp.inf, zeros[0], zeros)"),
     Mutant("scores not scaled", 2, "@ float32_or_wider(q) / math.sqrt(len(q))", "@ float32_or_wider(q)"),
@@ -78,21 +97,21 @@ MUTANTS = [
     Mutant("scores of a block not scaled", "fast/attention", "float32_or_wider(q) / math.sqrt(head_dim) @ k.T", "float32_or_wider(q) @ k.T"),
     Mutant("the last block not read", "fast/attention", "filled=where.start + len(x),", "filled=where.start + len(x) - 1,"),
     Mutant("softmax overflows", 2, "jnp.exp(x - x.max())", "jnp.exp(x)"),
-    Mutant("gain before the norm", 2, "jnp.mean(x32**2)", "jnp.mean((float32_or_wider(gain) * x32) ** 2)"),
+    row("gain before the norm", 2),
     Mutant("silu on the wrong branch", 2, "silu(gate @ x) * (up @ x)", "(gate @ x) * silu(up @ x)"),
     Mutant("silu by x / (1 + exp(-x))", 2, "(x32 * lax.logistic(x32))", "(x32 / (1 + jnp.exp(-x32)))"),
-    Mutant("linear scaling the wrong way", 2, "(f / scaling.factor)", "(f * scaling.factor)"),
+    row("frequencies multiplied by the factor", 2),
     Mutant("llama3's ends swapped", 2, "(2 * math.pi) - scaling.low)", "(2 * math.pi) - scaling.high)"),
-    Mutant("values rotated", 3, "rope(w_k @ x, angles), w_v @ x", "rope(w_k @ x, angles), rope(w_v @ x, angles)"),
-    Mutant("queries not rotated", 3, "where.query_scale * rope(w_q @ x, angles)", "where.query_scale * (w_q @ x)"),
+    row("values rotated", 3),
+    row("queries not rotated", 3),
     Mutant("yarn sharpens one side only", 3, "attention_factor**2", "attention_factor"),
-    Mutant("attention not added", 3, "x = x + y", "x = y"),
-    Mutant("halves in parallel", 3, "*w.ffn))(x), cache", "*w.ffn))(x - y), cache"),
+    row("attention not added to its input", 3),
+    row("halves in parallel", 3),
     Mutant("norms mixed up", 3, "rms_norm(x, w.ffn_norm", "rms_norm(x, w.attn_norm"),
     Mutant("layers reversed", 3, "zip(params.blocks, cache,", "zip(params.blocks[::-1], cache,"),
     Mutant("layers in a loop reversed", "fast/layers", "zip(blocks, cache,", "zip(blocks[::-1], cache,"),
-    Mutant("last norm dropped", 3, "rms_norm(x, params.norm, eps), unembed)", "x, unembed)"),
-    Mutant("embedding scaled", 3, "return jnp.asarray(params.embed)[tokens]", "return params.embed[tokens] * params.embed.shape[1] ** 0.5"),
+    row("last norm left out", 3),
+    row("embedding scaled by sqrt(dim)", 3),
     Mutant("the prompt's last token read twice", "inference/generate", "min(len(self.tokens), len(tokens) - 1)", "min(len(self.tokens), len(tokens) - 2)"),
     Mutant("count forgets a layer", 4, "(config.layers - 1) * layer", "(config.layers - 2) * layer"),
     Mutant("ignored targets counted", 5, "targets.reshape(-1) >= 0", "targets.reshape(-1) >= -1"),
@@ -219,10 +238,7 @@ def run(changed: str, source: str, tests: list[str]) -> tuple[str, str]:
 
 
 def judge(mutant: Mutant) -> tuple[str, str]:
-    file = file_of(mutant.where)
-    source = (ROOT / file).read_text()
-    assert source.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} occurs {source.count(mutant.old)} times"
-    return run(file, source.replace(mutant.old, mutant.new), tests_of(mutant.where))
+    return run(file_of(mutant.where), mutant.source(), tests_of(mutant.where))
 
 
 # ---- Statements ------------------------------------------------------------------------------------------------------

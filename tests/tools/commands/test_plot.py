@@ -2,29 +2,21 @@
 
 import json
 import re
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
-from asserts import assert_close, jit
-from builders import SMALL, TINY, layers_of, random_params, tiny_arrays, tiny_fields, write_gguf
-from jax import numpy as jnp
-from jax import vmap
+from asserts import assert_close
+from builders import SMALL, TINY, random_params, tiny_arrays, tiny_fields, write_gguf
 from matplotlib.image import imread
-from test_3_transformers import DRAWN, our_config, ours, random_oracle, rotary
+from test_3_transformers import DRAWN, our_config, rotary
 
-import lovely_llama as ll
 from lovely_llama import LlamaError
 from lovely_llama_tools import to_hf
 from lovely_llama_tools.commands import main
 from lovely_llama_tools.commands.plot import draw_losses
-from lovely_llama_tools.fast.layers import stack
-from lovely_llama_tools.pictures.attention import attention_weights
 from lovely_llama_tools.pictures.rotary import products
 from lovely_llama_tools.pictures.style import write_figure
 from lovely_llama_tools.pictures.weights import draw_spectra, spectra
@@ -118,39 +110,6 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pyt
 
 
 # ---- Attention maps --------------------------------------------------------------------------------------------------
-
-YARN = next(name for name in DRAWN if "yarn-gqa" in name)
-
-
-def test_attention_weights_are_those_of_transformers() -> None:
-    """For more tokens than a head is wide; of layers in a tuple, and stacked."""
-    oracle: Any = random_oracle(DRAWN[YARN].hf, seed=3)
-    oracle.set_attn_implementation("eager")
-    config = our_config(DRAWN[YARN].hf)
-    params = ours(dict(oracle.named_parameters()), config)
-    tokens = np.random.default_rng(0).integers(config.vocab, size=2 * config.head_dim + 5)
-    theirs = oracle(torch.tensor(tokens)[None], output_attentions=True).attentions
-    want = [w[0].detach().numpy() for w in theirs]
-    for blocks in (params.blocks, stack(layers_of(params))):
-        found = attention_weights(params._replace(blocks=blocks), tokens, config)
-        assert_close([w.reshape(-1, *w.shape[2:]) for w in found], want, 1e-5, "weights")
-
-
-def test_attention_weights_times_values_are_attention() -> None:
-    """Mixed by W_O, they give the output of the library's own `attention`."""
-    params = random_params(SMALL)
-    tokens = np.random.default_rng(1).integers(SMALL.vocab, size=23).astype(np.int32)
-    x, where = ll.embed(params, tokens), ll.positions(0, len(tokens), SMALL)
-    (cache,) = ll.empty_cache(replace(SMALL, layers=1), 23, jnp.float32)
-
-    @jit
-    def layer(w: ll.Block, x: jax.Array) -> tuple[jax.Array, ll.Cache, jax.Array]:
-        normed = vmap(partial(ll.rms_norm, gain=w.attn_norm, eps=SMALL.eps))(x)
-        return *ll.attention(w.attn, normed, cache, where), ll.block(w, x, cache, where, SMALL.eps)[0]
-
-    for w, weights in zip(layers_of(params), attention_weights(params, tokens, SMALL), strict=True):
-        want, filled, x = layer(w, x)
-        assert_close(np.einsum("gqst,gtd,ogqd->so", weights, filled.values, w.attn.o), want, 1e-5, "output")
 
 
 def test_a_picture_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

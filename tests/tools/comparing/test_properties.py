@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import torch
-from builders import SMALL, layers_of, random_params
+from builders import SMALL, cache_name, layers_of, random_params
 from jax import numpy as jnp
 from jax import vmap
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,7 +93,7 @@ def test_transformers() -> None:
     )  # fmt: skip
     theirs = LlamaForCausalLM(config).eval()
     theirs.set_attn_implementation("eager")
-    given = "cache" if "cache" in signature(theirs.forward).parameters else "past_key_values"  # the older name
+    given = cache_name(theirs)
 
     def whole(tokens: Any) -> Any:
         return theirs(torch.tensor(tokens)[None]).logits[0]

@@ -10,7 +10,6 @@ import pytest
 
 from lovely_llama_tools.devices.programs import Program
 from lovely_llama_tools.inference import batch, generate, scoring
-from lovely_llama_tools.pictures import attention
 from lovely_llama_tools.training import step
 
 # The example of jax-ml/jax#39103: a product for each row, then a sum of squares. How many rows are wrong, as the tools
@@ -43,7 +42,7 @@ def test_the_public_example_is_right(record_property: Callable[[str, object], No
 def test_whatever_multiplies_matrices_is_compiled_so() -> None:
     programs = (
         generate.read_layer, generate.read_out, batch.rows_layer, batch.rows_end, scoring.layer, scoring.score,
-        step.step, step.batch_loss, attention.observe,
+        step.step, step.batch_loss,
     )  # fmt: skip
     assert all(isinstance(program, Program) for program in programs)
 

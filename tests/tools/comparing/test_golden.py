@@ -1,0 +1,152 @@
+"""`golden`: the probe, and that transformers computes from it what stands beside it."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from asserts import assert_close
+from builders import cache_name
+from safetensors.numpy import load_file
+from test_trace import hooked
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from lovely_llama_tools import load
+from lovely_llama_tools.commands import main
+from lovely_llama_tools.comparing.golden import PROBES
+from lovely_llama_tools.comparing.naming import NAMINGS, renamed
+
+PAGE = Path(__file__).parents[3] / "docs" / "diff.md"
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("golden") / "probe"
+    assert main(["golden", str(folder)]) == 0
+    return folder
+
+
+def test_the_manifest_describes_what_is_there(probe: Path, tmp_path: Path) -> None:
+    """Every file by its size and hash, tensors by their shapes; together under 8 MB, and the same when made again."""
+    manifest = json.loads((probe / "manifest.json").read_text())
+    there = {str(path.relative_to(probe)): path.read_bytes() for path in probe.rglob("*.*") if path.is_file()}
+    del there["manifest.json"]
+    assert manifest["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in there.items()
+    }
+    assert sum(map(len, there.values())) < 7_500_000
+    for name, model in manifest["models"].items():
+        for file, told in model["computed"].items():
+            arrays = load_file(probe / name / f"{file}.safetensors")
+            assert told["tensors"] == {key: [*array.shape] for key, array in arrays.items()}
+    assert main(["golden", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (probe / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_transformers_computes_the_same(name: str, probe: Path) -> None:
+    """Within the tolerances of the manifest: logits, intermediates, gradients, a step of torch's AdamW, decoding."""
+    manifest = json.loads((probe / "manifest.json").read_text())
+    told, found = manifest["models"][name], dict[str, Any]()
+    for file in told["computed"]:
+        found[file] = load_file(probe / name / f"{file}.safetensors")
+    oracle: Any = LlamaForCausalLM.from_pretrained(probe / name / "model", attn_implementation="eager")
+    tokens, first = torch.tensor(told["tokens"])[None], found["trace"].pop("tokens")
+    with torch.no_grad():
+        got: dict[str, Any] = {"logits": {"tokens": found["logits"]["tokens"], "logits": oracle(tokens).logits[0]}}
+        given, decoded = cache_name(oracle), oracle(tokens[:, :4], use_cache=True)
+        rows = [decoded.logits[0]]
+        for i in range(4, 16):
+            decoded = oracle(tokens[:, i : i + 1], use_cache=True, **{given: decoded[given]})
+            rows.append(decoded.logits[0])
+    for file, backward in (("trace", False), ("trace_gradients", True)):
+        oracle.zero_grad()
+        theirs = hooked(oracle, first, backward)
+        found[file] = renamed(found[file], NAMINGS["hf"], PROBES[name].config)
+        got[file] = {key: theirs[key] for key in found[file]}
+    weights = {key: p for key, p in oracle.named_parameters()}
+    loss, norm = found["gradients"].pop("loss"), found["gradients"].pop("norm")
+    got["gradients"] = {key: p.grad.numpy().copy() for key, p in weights.items()}
+    step = manifest["step"]
+    assert_close(torch.nn.utils.clip_grad_norm_(oracle.parameters(), step["clip"]).numpy()[None], norm, 1e-4)
+    assert_close(torch.nn.functional.cross_entropy(torch.cat(rows)[:-1], tokens[0, 1:16]).numpy()[None], loss, 1e-5)
+    gains = [p for key, p in weights.items() if "norm" in key]
+    groups = [{"params": gains, "weight_decay": 0.0}, {"params": [p for p in weights.values() if p.ndim > 1]}]
+    torch.optim.AdamW(
+        groups, lr=step["rate"], betas=(step["beta1"], step["beta2"]), eps=step["eps"], weight_decay=step["decay"]
+    ).step()
+    got["step"] = {key: p.detach() for key, p in weights.items()}
+    got["decoding"] = {"logits": torch.cat(rows), "keys": None, "values": None}
+    for file in told["computed"]:
+        ours = {key: array for key, array in found[file].items() if got[file].get(key) is not None}
+        theirs = {key: np.asarray(got[file][key]) for key in ours}
+        assert_close(ours, theirs, told["computed"][file]["tolerance"], file)
+    rotated = [found_k for key, found_k in load_file(probe / name / "trace.safetensors").items() if "k_rotated" in key]
+    assert_close(found["decoding"]["keys"], np.stack(rotated), 1e-5, "keys")
+    texts = AutoTokenizer.from_pretrained(probe / name / "model")
+    for case in manifest["tokenizer"]:
+        assert texts(case["text"])["input_ids"] == case["ids"], case["text"]
+
+
+def test_every_form_holds_the_same_model(probe: Path) -> None:
+    for name in PROBES:
+        model = load(probe / name / "model")
+        forms = json.loads((probe / "manifest.json").read_text())["models"][name]["forms"]
+        assert len(forms) == (3 if name == "square" else 2)
+        for form in forms:
+            other = load(probe / name / form)
+            assert_close(jax.tree.leaves(other.params), jax.tree.leaves(model.params), 0, form)
+            assert other.tokenizer and other.tokenizer.begin("the cat") == [1, 263, 270, 259]
+
+
+def test_distributions_are_those_of_their_definitions(probe: Path) -> None:
+    found = {key: x.astype(np.float64) for key, x in load_file(probe / "samplers.safetensors").items()}
+    logits, seen = found["logits"], found["seen"] > 0
+
+    def softmax(x: Any) -> Any:
+        p = np.exp(x - x.max())
+        return p / p.sum()
+
+    p, order = softmax(logits), np.argsort(-logits)
+    penalised = np.where(seen, np.where(logits > 0, logits / 1.3, logits * 1.3), logits)
+    nucleus = order[: int((np.cumsum(p[order]) < 0.6).sum()) + 1]
+    kept = {"top_k": order[:5], "top_p": nucleus, "min_p": np.flatnonzero(p >= 0.2 * p.max())}
+    want = {name: softmax(np.where(np.isin(np.arange(288), ids), logits, -np.inf)) for name, ids in kept.items()}
+    want |= {"temperature": softmax(logits / 0.7), "repetition_penalty": softmax(penalised)}
+    assert 1 < len(kept["min_p"]) < len(nucleus) < 100
+    assert_close({name: found[name] for name in want}, want, 1e-5)
+
+
+def test_the_page_s_program_in_c_reads_it(probe: Path, tmp_path: Path) -> None:
+    """It finds a right function right, and a wrong one wrong; compiled by the system's compiler, or by zig's."""
+    (program,) = re.findall(r"```c\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    compiler = ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "ZIG_GLOBAL_CACHE_DIR": str(tmp_path / "zig")}
+    for source, status, says in (
+        (program, 0, r"rms_norm: relative error \d\.\de-0[78], tolerance 1e-5\n"),
+        (program.replace("sqrt(squares / dim + eps)", "(sqrt(squares / dim) + eps)"), 1, r"rms_norm: .*"),
+    ):
+        (tmp_path / "check.c").write_text(source)
+        compile = [*compiler, "-std=c99", "-Wall", "-Werror", "-o", "check", "check.c", "-lm"]
+        subprocess.run(compile, cwd=tmp_path, check=True, env=environment)
+        done = subprocess.run([tmp_path / "check", probe / "yarn"], capture_output=True, text=True)
+        assert done.returncode == status and re.fullmatch(says, done.stdout, re.DOTALL), done
+    done = subprocess.run([tmp_path / "check", tmp_path], capture_output=True, text=True)
+    assert done.returncode not in (0, 1) and done.stderr == f"{tmp_path}/trace.safetensors: cannot be read\n"
+
+
+def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for name, says in (("file", "path: got a path that exists, expected a new one"), ("file/in", "path: got ")):
+        assert main(["golden", str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path / name}: {says}") and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
