@@ -237,8 +237,8 @@ def run(changed: str, source: str, tests: list[str]) -> tuple[str, str]:
     return "crashed" if crash else "killed", failed[2]
 
 
-def judge(mutant: Mutant) -> tuple[str, str]:
-    return run(file_of(mutant.where), mutant.source(), tests_of(mutant.where))
+def judge(mutant: Mutant, source: str) -> tuple[str, str]:
+    return run(file_of(mutant.where), source, tests_of(mutant.where))
 
 
 # ---- Statements ------------------------------------------------------------------------------------------------------
@@ -302,7 +302,8 @@ def main() -> int:
             print(f"{len(found)} statements left out, {survivors} survived without a reason")
             return int(survivors > 0)
         chosen = [m for m in MUTANTS if not args.names or m.name in args.names]
-        for mutant, (end, by) in zip(chosen, pool.map(judge, chosen), strict=True):
+        sources = [mutant.source() for mutant in chosen]  # before threads begin: Python 3.11 parses in one at a time
+        for mutant, (end, by) in zip(chosen, pool.map(judge, chosen, sources), strict=True):
             survivors += end != "killed"
             number = f"{mutant.bug:2}" if mutant.bug else " –"
             print(f"{number}  {mutant.where!s:19}  {mutant.name:44}  {end:8}  {by}", flush=True)
