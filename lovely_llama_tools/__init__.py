@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .comparing.diff import diff as diff
     from .comparing.properties import check_cache as check_cache
     from .comparing.properties import check_causality as check_causality
     from .comparing.properties import check_heads as check_heads
@@ -42,6 +43,7 @@ WHERE = {
     "comparing.properties": [
         "check_cache", "check_causality", "check_heads", "check_logits", "check_rotation", "check_rows",
     ],
+    "comparing.diff": ["diff"],
     "comparing.trace": ["trace"],
     "formats.files": ["default_model", "load", "save"],
     "formats.model": ["Model"],

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from lovely_llama import LlamaError, __version__
 
 from ..interrupts import tell_error
-from . import chat, convert, evaluate, golden, inspect, launch, lm_eval, plan, plot, tokenize, trace, train
+from . import chat, convert, diff, evaluate, golden, inspect, launch, lm_eval, plan, plot, tokenize, trace, train
 from .options import Arguments, Formatter, add_subcommands, describe, prints_help
 
-COMMANDS = (chat, train, launch, plan, evaluate, lm_eval, plot, trace, golden, convert, inspect, tokenize)
+COMMANDS = (chat, train, launch, plan, evaluate, lm_eval, plot, diff, trace, golden, convert, inspect, tokenize)
 
 
 ABOUT = "Llama models: talk to them, train them, convert, measure and inspect them. Each command has its own --help."
@@ -37,9 +37,9 @@ def arguments() -> Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 2 for bad input, 1 for a fault while running, each with one line on
-    stderr."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a command and return its exit status: 2 for bad input, 1 for a fault while running (3 where 1 is a command's
+    result), each with one line on stderr."""
+    argv, args = sys.argv[1:] if argv is None else argv, None
     try:
         args = arguments().parse_args(argv)
         return args.run(args) or 0
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         known = isinstance(error, LlamaError | OSError | ArithmeticError)
         said = str(error) if known else f"{type(error).__name__}: {error}"
-        message, status = " ".join(said.split()), 2 if isinstance(error, LlamaError) else 1
+        message, status = " ".join(said.split()), 2 if isinstance(error, LlamaError) else getattr(args, "fault", 1)
         if not tell_error(message, status):
             print(f"error: {message}", file=sys.stderr)
         return status

@@ -19,7 +19,7 @@ from ..strict_json import read_json, to_json
 from .model import Tensor, read_at
 
 KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
-WHOLE = {"I32": np.dtype("<i4")}  # which no weights are in
+WHOLE = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "F64": np.dtype("<f8")}  # which no weights are in
 HEADER = 2**21  # bytes; those of a Llama of a thousand layers need half of that
 
 
@@ -31,12 +31,13 @@ class Place(NamedTuple):
     begin: int
 
 
-def scan_safetensors(file: BinaryIO, path: Path) -> dict[str, Place]:
-    """The places of all tensors. They fill the file: none overlaps another, none has a gap before it.
+def scan_safetensors(file: BinaryIO, path: Path, kinds: Mapping[str, Any] = KINDS) -> dict[str, Place]:
+    """The places of all tensors, each of one of the kinds. They fill the file: none overlaps another, or leaves a gap.
 
     huggingface.co/docs/safetensors: the header's length as uint64, the header, the tensors. All is little-endian.
     """
     must, size = partial(check, file=path), os.fstat(file.fileno()).st_size
+    what = "weights" if kinds is KINDS else "numbers"
     must("size", counted(size, "byte"), size >= 8, "at least 8")
     length = int.from_bytes(file.read(8), "little")
     must("header", counted(length, "byte"), length <= min(HEADER, size - 8), f"at most {min(HEADER, size - 8)}")
@@ -47,11 +48,11 @@ def scan_safetensors(file: BinaryIO, path: Path) -> dict[str, Place]:
         fields = cast(dict[str, Any], entry if isinstance(entry, dict) else {})
         must(name, f"{entry!s:.60}", fields.keys() == {"dtype", "shape", "data_offsets"}, "dtype, shape, data_offsets")
         kind, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-        must(name, f"{kind!s:.60}", kind in [*KINDS], f"weights in {', '.join(KINDS)}")
+        must(name, f"{kind!s:.60}", kind in [*kinds], f"{what} in {', '.join(kinds)}")
         must(name, f"the shape {shape!s:.60}", are_sizes(shape) and len(shape) <= 4, "up to four whole numbers")
         must(name, f"the offsets {offsets!s:.60}", are_sizes(offsets) and len(offsets) == 2, "two whole numbers")
         begin, end = (at + offset for offset in offsets)
-        need = KINDS[kind].itemsize * math.prod(shape)
+        need = kinds[kind].itemsize * math.prod(shape)
         must(name, counted(end - begin, "byte"), end - begin == need, f"{need}, for {kind} of shape {tuple(shape)}")
         places[name] = Place(tuple(shape), kind, begin)
         ends.append((begin, end))
@@ -67,9 +68,10 @@ def are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(is_whole(n) and n >= 0 for n in cast(list[Any], values))
 
 
-def read_tensor(file: BinaryIO, path: Path, name: str, place: Place) -> Float[np.ndarray, "..."]:
+def read_tensor(file: BinaryIO, path: Path, name: str, place: Place) -> Shaped[np.ndarray, "..."]:
     """One tensor, as it is stored."""
-    return read_at(file, path, name, place.begin, KINDS[place.dtype], math.prod(place.shape)).reshape(place.shape)
+    kind = (KINDS | WHOLE)[place.dtype]
+    return read_at(file, path, name, place.begin, kind, math.prod(place.shape)).reshape(place.shape)
 
 
 def write_safetensors(

@@ -161,7 +161,7 @@ OF_FREQUENCIES = (
     Bug("rotated backwards", "rotates by the negative angle, or exchanges cosine and sine",
         "a cos - b sin, a sin + b cos", words=angles(f"-f * {POSITION}")),
     Bug("positions from 1", "counts positions from 1", "count positions from 0",
-        "prime-rl#3466", "never: scores depend on distances alone", words=angles(f"f * ({POSITION} + 1)")),
+        "prime-rl#3466", "more than logits: scores depend on distances alone", words=angles(f"f * ({POSITION} + 1)")),
 )  # fmt: skip
 
 OF_ROTATION = (

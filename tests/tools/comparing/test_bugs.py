@@ -185,22 +185,32 @@ THEIRS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", THEIRS)
-@torch.no_grad()
-def test_a_bug_in_transformers_gives_the_logits_of_ours(name: str) -> None:
-    params, ids = random_params(SMALL), np.array([3, 1, 0, 4, 1, 5, 9, 2, 6, 5, 3, 0, 5] * 7)
+def oracle_with(name: str | None, settings: Any = None) -> tuple[Any, Callable[[Any], Any]]:
+    """transformers' model with the parameters of ours and a bug, or other settings; and what makes its mask."""
+    params = random_params(SMALL)
     fields = {key: value for key, value in config_to_hf(SMALL).items() if key not in ("rope_theta", "rope_scaling")}
     parts: dict[str, Any] = {"config": fields, "mask": lambda ids: None}
     parts["tensors"] = {key: torch.tensor(np.array(tensor)) for key, tensor in to_hf(params, SMALL).items()}
-    THEIRS[name](parts)
+    if name:
+        THEIRS[name](parts)
+    for key, value in (settings or {}).items():
+        (fields["rope_parameters"] if key == "rope_theta" else parts["config"])[key] = value
     config: Any = LlamaConfig(**(parts["config"] | {"num_attention_heads": 2}))  # 12 heads do not divide dim
     config.num_attention_heads = SMALL.kv_heads * SMALL.q_per_kv
     model: Any = LlamaForCausalLM(config).eval()
     model.set_attn_implementation("eager")
     model.load_state_dict(parts["tensors"], strict=False)
     model.tie_weights()
+    return model, parts["mask"]
+
+
+@pytest.mark.parametrize("name", THEIRS)
+@torch.no_grad()
+def test_a_bug_in_transformers_gives_the_logits_of_ours(name: str) -> None:
+    params, ids = random_params(SMALL), np.array([3, 1, 0, 4, 1, 5, 9, 2, 6, 5, 3, 0, 5] * 7)
+    model, mask = oracle_with(name)
     tokens = torch.tensor(ids)[None]
-    theirs = model(tokens, attention_mask=parts["mask"](tokens)).logits[0].numpy()
+    theirs = model(tokens, attention_mask=mask(tokens)).logits[0].numpy()
     ours = np.asarray(with_bug(BUGS[name], params, ids, SMALL).logits())
     right = np.asarray(ll.logits(params, ids, SMALL))
     assert distance(theirs, ours) < 1e-5 < 3e-5 < distance(ours, right)

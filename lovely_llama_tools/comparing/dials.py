@@ -1,0 +1,101 @@
+"""Faults that no row of the catalogue has: a number that is not the right one, found by turning it."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from lovely_llama import Config, Params
+
+from .bugs import Bug
+from .bugs.attention import scaled
+from .bugs.bug import attention, feed_forward, fixed
+from .bugs.rotary import POSITION, angles
+from .candidates import SAME, Candidates, Rows, distance
+from .judging import Fit, measured
+from .variants import Words
+
+GRID = 9  # values at first, equal steps of the logarithm
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class Dial(NamedTuple):
+    """A number of a Llama that can be turned: its name, the right value, how far, and the bug of another value."""
+
+    name: str
+    ours: float
+    reach: float  # the largest factor, up or down
+    bug: Callable[[float], Bug]
+
+
+def dials(candidates: Candidates) -> list[Dial]:
+    """Those of a model. All leave its layers as they are compiled."""
+    config = candidates.config
+
+    def dial(name: str, ours: float, reach: float, change: Callable[[float], dict[str, object]]) -> Dial:
+        def bug(value: float) -> Bug:
+            says = f"{name} {value:.4g} instead of {ours:.4g}" if ours != 1 else f"{name} × {value:.4g}"
+            return Bug(says, "", "", **change(value))  # pyright: ignore[reportArgumentType]
+
+        return Dial(name, ours, reach, bug)
+
+    def embedding(x: float) -> dict[str, object]:
+        old = "jnp.asarray(params.embed)[tokens]"
+        return {"words": (Words("embed", old, f"{old} * {x!r}"),)}
+
+    def readout(x: float) -> dict[str, object]:
+        def change(params: Params, _: Config) -> Params:
+            return params._replace(norm=x * params.norm)
+
+        return {"params": change}
+
+    return [
+        dial("theta", float(config.theta), 1e3, lambda x: {"config": fixed(theta=x)}),
+        dial("eps", float(config.eps), 1e4, lambda x: {"config": fixed(eps=x)}),
+        dial("positions", 1.0, 16.0, lambda x: {"words": angles(f"f * ({POSITION} * {x!r})")}),
+        dial("scores", 1.0, 16.0, lambda x: {"words": scaled(f"{x!r}")}),
+        dial("attention's answers", 1.0, 16.0, lambda x: {"params": attention(lambda w, _: w._replace(o=x * w.o))}),
+        dial("the feed-forward's answers", 1.0, 16.0,
+             lambda x: {"params": feed_forward(lambda w, _: w._replace(down=x * w.down))}),
+        dial("the embedding", 1.0, 64.0, embedding),
+        dial("the logits", 1.0, 64.0, readout),
+    ]  # fmt: skip
+
+
+def turned(theirs: Rows, candidates: Candidates, rounding: float) -> tuple[Dial, float, Fit] | None:
+    """The dial and its value that explain theirs, if any: a grid for each, then a golden section for the best three."""
+    same = candidates.of(SAME)
+
+    def error(dial: Dial, at: float) -> float:
+        rows = candidates.read(candidates.llama(dial.bug(float(dial.ours * np.exp(at)))))
+        return distance(theirs, rows).whole
+
+    tried = list[tuple[float, Dial, float, float]]()
+    for dial in dials(candidates):
+        step = 2 * math.log(dial.reach) / (GRID - 1)
+        best = min((error(dial, (i - GRID // 2) * step), (i - GRID // 2) * step) for i in range(GRID))
+        tried.append((best[0], dial, best[1], step))
+    for _, dial, middle, step in sorted(tried, key=lambda one: one[0])[:3]:
+        value = float(dial.ours * np.exp(section(lambda at, dial=dial: error(dial, at), middle - step, middle + step)))
+        bug = dial.bug(value)
+        fit = measured(theirs, bug, candidates.read(candidates.llama(bug)), candidates, same, rounding)
+        if fit.near and fit.whole and fit.effect > 5 * rounding:
+            return dial, value, fit
+    return None
+
+
+def section(f: Callable[[float], float], low: float, high: float, steps: int = 32) -> float:
+    """Where a function is least between two numbers. Kiefer 1953, Proceedings of the AMS 4, golden-section search."""
+    a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    at_a, at_b = f(a), f(b)
+    for _ in range(steps):
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - GOLDEN * (high - low)
+            at_a = f(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + GOLDEN * (high - low)
+            at_b = f(b)
+    return (low + high) / 2
