@@ -29,14 +29,28 @@ class Dial(NamedTuple):
     bug: Callable[[float], Bug]
 
 
+def says(name: str, theirs: float, ours: float) -> str:
+    """A number that is not the right one, in words."""
+    value = f"{float(f'{theirs:.4g}'):g}"
+    return f"{name} × {value}" if ours == 1 else f"{name} {value} instead of {ours:g}"
+
+
+def window(theirs: Rows, candidates: Candidates, first: int, rounding: float) -> Fit | None:
+    """A sliding window: the first tokens see all, and the first that does not tells its width."""
+    visible = "(first <= position) & (position <= last)"
+    words = (Words("attend", visible, f"{visible} & (last - {first} < position)"),)
+    bug = Bug(f"a sliding window of {first} tokens", "", "", words=words)
+    fit = measured(theirs, bug, candidates.of(bug), candidates, candidates.of(SAME), rounding)
+    return fit if fit.near and fit.whole else None
+
+
 def dials(candidates: Candidates) -> list[Dial]:
     """Those of a model. All leave its layers as they are compiled."""
     config = candidates.config
 
     def dial(name: str, ours: float, reach: float, change: Callable[[float], dict[str, object]]) -> Dial:
         def bug(value: float) -> Bug:
-            says = f"{name} {value:.4g} instead of {ours:.4g}" if ours != 1 else f"{name} × {value:.4g}"
-            return Bug(says, "", "", **change(value))  # pyright: ignore[reportArgumentType]
+            return Bug(says(name, value, ours), "", "", **change(value))  # pyright: ignore[reportArgumentType]
 
         return Dial(name, ours, reach, bug)
 

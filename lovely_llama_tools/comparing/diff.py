@@ -13,7 +13,7 @@ from ..extras import counted, progress
 from ..formats.model import DTYPES, Model
 from .bugs import BUGS
 from .candidates import SAME, Candidates, Rows, candidates_of, distance
-from .dials import turned
+from .dials import says, turned, window
 from .judging import NEAR, begins, judged
 from .properties import plain
 
@@ -24,8 +24,8 @@ class Verdict(NamedTuple):
     """What `diff` finds. `print` tells it in words."""
 
     verdict: str  # "same", "bug", "several" or "none"
-    bugs: list[str]  # those that explain theirs, the nearest first
-    error: float  # ‖theirs − ours‖ / ‖ours‖, ours with the first of `bugs` if there is one
+    bugs: list[str]  # those of the catalogue that explain theirs, the nearest first
+    error: float  # ‖theirs − ours‖ / ‖ours‖, ours with the first of `bugs`, or with the number of `dial`
     rounding: float  # the error that is to be expected of a correct program
     next: dict[str, Any] | None  # the name and error of the best that is ruled out
     first: int | None  # the position where they part
@@ -86,10 +86,10 @@ def verdict_on(theirs: Rows, candidates: Candidates) -> Verdict:
     count = min(len(theirs), len(same))
     positions = [distance(theirs[len(theirs) - count :][t : t + 1], same[t : t + 1]).whole for t in range(count)]
     rows = [max(distance(again[t : t + 1], same[t : t + 1]).whole, own.median) for t in range(len(same))]
-    first = next((t for t, e in enumerate(positions) if not e <= NEAR * rows[t] and np.isfinite(e)), None)
+    first = next((t for t, e in enumerate(positions) if NEAR * max(rows) < e < np.inf), None)
     told: dict[str, Any] = {"rounding": own.whole, "first": first, "positions": positions, "dtype": candidates.dtype}
     told |= {"dial": None, "begins": None, "next": None, "hidden": []}
-    if len(theirs) == len(same) and (error.whole <= NEAR * own.whole or error.median <= NEAR * own.median):
+    if len(theirs) == len(same) and error.whole <= NEAR * own.whole:
         told["first"] = None
         return Verdict("same", [], error.whole, **told)
     with progress("known bugs", len(BUGS), " bugs") as tell:
@@ -102,10 +102,13 @@ def verdict_on(theirs: Rows, candidates: Candidates) -> Verdict:
     long = [fit for fit in fits if len(found[fit.bug.name]) == len(theirs)]
     if names := [fit.bug.name for fit in long or fits]:
         return Verdict("bug" if len(names) == 1 else "several", names, (long or fits)[0].error, **told)
+    if first and (fit := window(theirs, candidates, first, own.whole)):
+        told["dial"] = {"name": "sliding window", "theirs": first, "ours": candidates.config.ctx}
+        return Verdict("bug", [], fit.error, **told)
     if (dial := turned(theirs, candidates, own.whole)) is not None:
         turn, value, fit = dial
         told["dial"] = {"name": turn.name, "theirs": value, "ours": turn.ours}
-        return Verdict("bug", [fit.bug.name], fit.error, **told)
+        return Verdict("bug", [], fit.error, **told)
     hint = begins(theirs, found, same, rows)
     told["begins"] = hint and {"name": hint[0], "positions": hint[1]}
     return Verdict("none", [], error.whole, **told)
@@ -128,6 +131,9 @@ def told(v: Verdict) -> str:
         parts += ["", f"The same: theirs are {v.error:.1e} from the reference's."]
     for name in v.bugs:
         parts += ["", *story(name, v)]
+    if v.dial:
+        found = f"Found: {says(v.dial['name'], v.dial['theirs'], v.dial['ours'])}"
+        parts += ["", found, f"  theirs are {v.error:.1e} from a Llama with that number"]
     if v.verdict == "several":
         parts += ["", "These logits cannot tell them apart." + " ".join(needs(v.bugs))]
     if v.verdict == "none":
@@ -136,7 +142,7 @@ def told(v: Verdict) -> str:
             hint = f"A hint: the first {counted(v.begins['positions'], 'position')} look like “{v.begins['name']}”."
             parts.append(hint)
         parts.append("Record next: logits in float32 of the same tokens, or of a shorter prompt.")
-    if v.next and v.bugs:
+    if v.next and v.verdict in ("bug", "several"):
         parts.append(f"The next best, “{v.next['name']}”, is {v.next['error']:.1e} away.")
     if v.hidden and v.verdict != "same":
         takes = (f"{name} (takes {BUGS[name].needs})" if BUGS[name].needs else name for name in v.hidden)
@@ -149,8 +155,7 @@ AT_FIRST = ", where attention has one key: q, k, rotation and mask cannot matter
 
 def story(name: str, v: Verdict) -> list[str]:
     """What is known of a bug."""
-    if (bug := BUGS.get(name)) is None:
-        return [f"Found: {name}", f"  as if the program had that number; theirs are {v.error:.1e} from such a Llama"]
+    bug = BUGS[name]
     lines = [f"Found: {name}", f"  the program {bug.does}", f"  cure: {bug.cure}"]
     lines += [f"  seen: {bug.seen}"] * bool(bug.seen)
     return [*lines, f"  theirs are {v.error:.1e} from a Llama with it"] if name == v.bugs[0] else lines
@@ -158,4 +163,4 @@ def story(name: str, v: Verdict) -> list[str]:
 
 def needs(names: Sequence[str]) -> list[str]:
     """What it takes to tell bugs apart, where rows say it."""
-    return [f" To show, “{name}” takes {BUGS[name].needs}." for name in names if name in BUGS and BUGS[name].needs]
+    return [f" To show, “{name}” takes {BUGS[name].needs}." for name in names if BUGS[name].needs]

@@ -59,11 +59,11 @@ def judged(theirs: Rows, candidates: Candidates, found: dict[str, Rows], nearest
 
 
 def ruled_out(theirs: Rows, nearest: Fit, other: Rows, found: dict[str, Rows]) -> bool:
-    """Whether what sets another candidate apart from the nearest is not in theirs."""
+    """Whether what sets another candidate apart from the nearest, if that is more than rounding, is not in theirs."""
     a = found[nearest.bug.name]
     apart = distance(other, a).whole
     value, spread = slope(theirs, other, a)
-    return value + max(spread, ALONG * nearest.rounding / max(apart, 1e-300)) < 1
+    return apart > 2 * nearest.rounding and value + max(spread, ALONG * nearest.rounding / apart) < 1
 
 
 def begins(theirs: Rows, found: dict[str, Rows], same: Rows, rows: list[float]) -> tuple[str, int] | None:

@@ -68,7 +68,7 @@ def with_bug(bug: Bug, params: Params, tokens: Tokens, config: Config, bos: int 
     return Llama(functions_with(bug.words), changed, unchecked(config, sizes), ids)
 
 
-@lru_cache(8)
+@lru_cache(256)
 def functions_with(words: tuple[Words, ...]) -> ModuleType:
     """The library with some words changed, which may use `through`.
 
@@ -78,7 +78,7 @@ def functions_with(words: tuple[Words, ...]) -> ModuleType:
     return variant(words, {"through": through}, dict.fromkeys(["block"] if whole else PARTS, compiled))
 
 
-@lru_cache(32)
+@lru_cache(256)
 def compiled(function: Callable[..., Any]) -> Program:
     """A function as a program. It runs a few times only, and without optimisation is compiled sooner."""
     return Program(function, {"xla_backend_optimization_level": 0})

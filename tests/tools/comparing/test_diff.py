@@ -162,8 +162,20 @@ def test_a_number_that_is_not_the_right_one_is_found() -> None:
         model, _ = oracle_with(None, change)
         verdict = diff(MODEL, run(model))
         (want,) = change.values()
-        assert verdict.verdict == "bug" and verdict.dial and verdict.dial["name"] == name, verdict
-        assert abs(verdict.dial["theirs"] / want - 1) < 0.01 and verdict.dial["ours"] == getattr(SMALL, name)
+        assert verdict.verdict == "bug" and not verdict.bugs, verdict
+        assert verdict.dial and verdict.dial["name"] == name and verdict.dial["ours"] == getattr(SMALL, name)
+        assert abs(verdict.dial["theirs"] / want - 1) < 0.01
+    assert "Found: eps 0.004 instead of 0.0003\n" in str(verdict)
+
+
+def test_the_width_of_a_window_is_found() -> None:
+    def mask(ids: Any) -> Any:
+        distance = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])
+        return torch.where((distance >= 0) & (distance < 11), 0.0, -torch.inf)[None, None]
+
+    verdict = diff(MODEL, run(oracle_with(None)[0], mask))
+    assert verdict.first == 11 and not verdict.bugs, verdict
+    assert verdict.dial == {"name": "sliding window", "theirs": 11, "ours": SMALL.ctx}
 
 
 def test_rows_that_are_not_numbers_are_left_out() -> None:
