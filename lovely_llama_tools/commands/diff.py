@@ -32,9 +32,7 @@ lovely-llama trace run/best --tokens "3 1 4" --out t.safetensors && lovely-llama
 def add(commands: Any) -> None:
     """Add the command."""
     what = "name the bug in another program's Llama from its logits"
-    command = add_command(
-        commands, "diff", what, run, OPTIONS, about=ABOUT, examples=EXAMPLES, extras=READING
-    )  # fmt: skip
+    command = add_command(commands, "diff", what, run, OPTIONS, about=ABOUT, examples=EXAMPLES, extras=READING)
     command.set_defaults(fault=3)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from lovely_llama import Config, Params
 
 from .bugs import Bug
-from .bugs.attention import scaled
+from .bugs.around import EMBEDDING
+from .bugs.attention import VISIBLE, scaled
 from .bugs.bug import attention, feed_forward, fixed
 from .bugs.rotary import POSITION, angles
 from .candidates import SAME, Candidates, Rows, distance
@@ -37,8 +38,7 @@ def says(name: str, theirs: float, ours: float) -> str:
 
 def window(theirs: Rows, candidates: Candidates, first: int, rounding: float) -> Fit | None:
     """A sliding window: the first tokens see all, and the first that does not tells its width."""
-    visible = "(first <= position) & (position <= last)"
-    words = (Words("attend", visible, f"{visible} & (last - {first} < position)"),)
+    words = (Words("attend", VISIBLE, f"{VISIBLE} & (last - {first} < position)"),)
     bug = Bug(f"a sliding window of {first} tokens", "", "", words=words)
     fit = measured(theirs, bug, candidates.of(bug), candidates, candidates.of(SAME), rounding)
     return fit if fit.near and fit.whole else None
@@ -48,32 +48,33 @@ def dials(candidates: Candidates) -> list[Dial]:
     """Those of a model. All leave its layers as they are compiled."""
     config = candidates.config
 
-    def dial(name: str, ours: float, reach: float, change: Callable[[float], dict[str, object]]) -> Dial:
-        def bug(value: float) -> Bug:
-            return Bug(says(name, value, ours), "", "", **change(value))  # pyright: ignore[reportArgumentType]
+    def dial(name: str, ours: float, reach: float, bug: Callable[[str, float], Bug]) -> Dial:
+        def named(value: float) -> Bug:
+            return bug(says(name, value, ours), value)
 
-        return Dial(name, ours, reach, bug)
+        return Dial(name, ours, reach, named)
 
-    def embedding(x: float) -> dict[str, object]:
-        old = "jnp.asarray(params.embed)[tokens]"
-        return {"words": (Words("embed", old, f"{old} * {x!r}"),)}
+    def readout(x: float) -> Callable[[Params, Config], Params]:
+        return lambda params, _: params._replace(norm=x * params.norm)
 
-    def readout(x: float) -> dict[str, object]:
-        def change(params: Params, _: Config) -> Params:
-            return params._replace(norm=x * params.norm)
+    def words(name: str, words: tuple[Words, ...]) -> Bug:
+        return Bug(name, "", "", words=words)
 
-        return {"params": change}
+    def params(name: str, change: Callable[[Params, Config], Params]) -> Bug:
+        return Bug(name, "", "", params=change)
 
     return [
-        dial("theta", float(config.theta), 1e3, lambda x: {"config": fixed(theta=x)}),
-        dial("eps", float(config.eps), 1e4, lambda x: {"config": fixed(eps=x)}),
-        dial("positions", 1.0, 16.0, lambda x: {"words": angles(f"f * ({POSITION} * {x!r})")}),
-        dial("scores", 1.0, 16.0, lambda x: {"words": scaled(f"{x!r}")}),
-        dial("attention's answers", 1.0, 16.0, lambda x: {"params": attention(lambda w, _: w._replace(o=x * w.o))}),
+        dial("theta", float(config.theta), 1e3, lambda name, x: Bug(name, "", "", config=fixed(theta=x))),
+        dial("eps", float(config.eps), 1e4, lambda name, x: Bug(name, "", "", config=fixed(eps=x))),
+        dial("positions", 1.0, 16.0, lambda name, x: words(name, angles(f"f * ({POSITION} * {x!r})"))),
+        dial("scores", 1.0, 16.0, lambda name, x: words(name, scaled(f"{x!r}"))),
+        dial("the embedding", 1.0, 64.0,
+             lambda name, x: words(name, (Words("embed", EMBEDDING, f"{EMBEDDING} * {x!r}"),))),
+        dial("attention's answers", 1.0, 16.0,
+             lambda name, x: params(name, attention(lambda w, _: w._replace(o=x * w.o)))),
         dial("the feed-forward's answers", 1.0, 16.0,
-             lambda x: {"params": feed_forward(lambda w, _: w._replace(down=x * w.down))}),
-        dial("the embedding", 1.0, 64.0, embedding),
-        dial("the logits", 1.0, 64.0, readout),
+             lambda name, x: params(name, feed_forward(lambda w, _: w._replace(down=x * w.down)))),
+        dial("the logits", 1.0, 64.0, lambda name, x: params(name, readout(x))),
     ]  # fmt: skip
 
 

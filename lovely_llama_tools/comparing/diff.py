@@ -79,39 +79,45 @@ def dtype_of(rows: Rows) -> str:
     return "float32"
 
 
+def by_row(a: Rows, b: Rows) -> list[float]:
+    """The distance of each of the last rows that both have."""
+    count = min(len(a), len(b))
+    ends = zip(a[len(a) - count :], b[len(b) - count :], strict=True)
+    return [distance(x[None], y[None]).whole for x, y in ends]
+
+
 def verdict_on(theirs: Rows, candidates: Candidates) -> Verdict:
     """Judge logits, at the columns that are compared."""
     same, again = candidates.of(SAME), candidates.again(SAME)
     error, own = distance(theirs, same), distance(again, same)
-    count = min(len(theirs), len(same))
-    positions = [distance(theirs[len(theirs) - count :][t : t + 1], same[t : t + 1]).whole for t in range(count)]
-    rows = [max(distance(again[t : t + 1], same[t : t + 1]).whole, own.median) for t in range(len(same))]
+    positions = by_row(theirs, same)
+    rows = [max(row, own.median) for row in by_row(again, same)]
     first = next((t for t, e in enumerate(positions) if NEAR * max(rows) < e < np.inf), None)
-    told: dict[str, Any] = {"rounding": own.whole, "first": first, "positions": positions, "dtype": candidates.dtype}
-    told |= {"dial": None, "begins": None, "next": None, "hidden": []}
-    if len(theirs) == len(same) and error.whole <= NEAR * own.whole:
-        told["first"] = None
-        return Verdict("same", [], error.whole, **told)
+    facts: dict[str, Any] = {"rounding": own.whole, "first": first, "positions": positions, "dtype": candidates.dtype}
+    facts |= {"dial": None, "begins": None, "next": None, "hidden": []}
+    if error.whole <= NEAR * own.whole:
+        facts["first"] = None
+        return Verdict("same", [], error.whole, **facts)
     with progress("known bugs", len(BUGS), " bugs") as tell:
         found = candidates.all(tell)
     effects = {name: distance(rows, same).whole for name, rows in found.items()}
     own_values = {name for name, effect in effects.items() if effect == 0 and BUGS[name].config}  # no bug here
-    told["hidden"] = [name for name in found if name not in own_values and not effects[name] > NEAR * own.whole]
+    facts["hidden"] = [name for name in found if name not in own_values and not effects[name] > NEAR * own.whole]
     fits, beside = judged(theirs, candidates, found)
-    told["next"] = {"name": beside.bug.name, "error": beside.error}
+    facts["next"] = {"name": beside.bug.name, "error": beside.error}
     long = [fit for fit in fits if len(found[fit.bug.name]) == len(theirs)]
     if names := [fit.bug.name for fit in long or fits]:
-        return Verdict("bug" if len(names) == 1 else "several", names, (long or fits)[0].error, **told)
+        return Verdict("bug" if len(names) == 1 else "several", names, (long or fits)[0].error, **facts)
     if first and (fit := window(theirs, candidates, first, own.whole)):
-        told["dial"] = {"name": "sliding window", "theirs": first, "ours": candidates.config.ctx}
-        return Verdict("bug", [], fit.error, **told)
+        facts["dial"] = {"name": "sliding window", "theirs": first, "ours": candidates.config.ctx}
+        return Verdict("bug", [], fit.error, **facts)
     if (dial := turned(theirs, candidates, own.whole)) is not None:
         turn, value, fit = dial
-        told["dial"] = {"name": turn.name, "theirs": value, "ours": turn.ours}
-        return Verdict("bug", [], fit.error, **told)
+        facts["dial"] = {"name": turn.name, "theirs": value, "ours": turn.ours}
+        return Verdict("bug", [], fit.error, **facts)
     hint = begins(theirs, found, same, rows)
-    told["begins"] = hint and {"name": hint[0], "positions": hint[1]}
-    return Verdict("none", [], error.whole, **told)
+    facts["begins"] = hint and {"name": hint[0], "positions": hint[1]}
+    return Verdict("none", [], error.whole, **facts)
 
 
 # ---- In words --------------------------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def golden(out: str | Path) -> None:
     out = Path(out)
     part = out.with_name(f".{out.name}.part{os.getpid()}")
     try:
+        check("path", "a NUL character", "\0" not in str(out), "a name without", out)
         check("path", "a path that exists", not os.path.lexists(out), "a new one", out)
         part.mkdir(parents=True)
         try:

@@ -13,7 +13,7 @@ from lovely_llama import LlamaError, check
 from ..formats.model import open_file
 from ..formats.safetensors import KINDS, WHOLE, read_tensor, scan_safetensors
 
-SHOWN = ("a file with `tokens` and `logits`: npz, safetensors, or JSON lines").replace("`", "")
+SHOWN = "a file with tokens and logits: npz, safetensors, or JSON lines"
 
 
 class Recorded(NamedTuple):

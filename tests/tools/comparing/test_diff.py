@@ -182,7 +182,8 @@ def test_rows_that_are_not_numbers_are_left_out() -> None:
     rows = np.array(ll.logits(MODEL.params, IDS, SMALL))
     rows[3] = np.nan
     assert diff(MODEL, rows).verdict == "same"
-    assert diff(MODEL, rows[1:]).verdict != "same"  # a row less is no rounding
+    last = diff(MODEL, rows[-2:])  # the last of what was recorded is compared with the last of ours
+    assert last.verdict == "same" and len(last.positions) == 2 and max(last.positions) < 1e-5
     for wrong, says in (
         (rows[:, 1:], r"logits: got shape \(40, 28\)"), (rows * np.nan, "logits: got NaN"),
         (rows[0], "logits: got shape"),

@@ -149,4 +149,6 @@ def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert main(["golden", str(tmp_path / name)]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: {tmp_path / name}: {says}") and said.count("\n") == 1
+    assert main(["golden", str(tmp_path / "a\0b")]) == 2
+    assert "path: got a NUL character, expected a name without" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
