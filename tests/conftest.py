@@ -1,12 +1,15 @@
 """Settings for all tests: shape checks and strict promotion; and recordings of llama2.c as a fixture."""
 
 import ctypes
+import fcntl
 import gc
 import importlib.util
 import os
 import platform
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,14 +37,30 @@ floor = [2**30]  # bytes that a worker held when it was last cleared
 gc.set_threshold(50_000)  # from 700: the packages hold millions of objects, which every full collection would visit
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep compiled programs out of the user's cache, in one that all workers share."""
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers share."""
     folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(shared_folder: Path) -> Iterator[None]:
+    """Keep compiled programs out of the user's cache, in one that all workers share."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("XDG_CACHE_HOME", str(shared_folder / "cache"))
         yield
+
+
+@pytest.fixture(scope="session")
+def probe(shared_folder: Path, own_cache: None) -> Path:
+    """The folder that `lovely-llama golden` makes, by whichever worker comes first."""
+    folder = shared_folder / "probe"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            subprocess.run([sys.executable, "-m", "lovely_llama_tools", "golden", folder], check=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -49,10 +49,11 @@ EXAMPLES = [
     for section in SECTIONS
     for example in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 ]
+(VERDICT,) = re.findall(r"```text\n(.*?)```", SECTIONS[0], re.DOTALL)
 PRINTED = [
+    re.sub(r"\d\\\.\de\\-\d\d", r"\\d\\.\\de-\\d\\d", re.escape(VERDICT)),
     r"260032 \(5, 512\)\n.*Paris.*",
     r"\(5, 64\)\n.*lovely_llama\.rms_norm.*\n",
-    r"the same logits\ncausal\n",
 ]
 
 
@@ -81,17 +82,24 @@ OWN, BESIDES = Path(sys.executable).parent, sysconfig.get_path("purelib")  # .ve
 @pytest.mark.parametrize(
     ("example", "packages", "printed"),
     [(*example, printed) for example, printed in zip(EXAMPLES, PRINTED, strict=True)],
-    ids=["library", "shapes", "check"],
+    ids=["diff", "library", "shapes"],
 )
 def test_examples_run(
-    example: str, packages: list[str], printed: str, editable: bool, programs: Path, tmp_path: Path
+    example: str, packages: list[str], printed: str, editable: bool, programs: Path, probe: Path, tmp_path: Path
 ) -> None:
     """All that an example imports is there, but for the packages that its section names."""
+    (tmp_path / "probe").symlink_to(probe)
     imports = {*re.findall(r"^ *(?:from|import) (\w+)", example, re.MULTILINE)} - {*packages}
     run(programs, programs / "python", "-c", f"import {', '.join(imports)}", cwd=tmp_path)
     own, path = (OWN, "") if editable else (programs, BESIDES if packages else "")
     output = run(own, own / "python", "-c", example, cwd=tmp_path, path=path).stdout
     assert re.fullmatch(printed, output, re.DOTALL), output
+
+
+def test_the_checks_of_a_page_run(tmp_path: Path) -> None:
+    section = (ROOT / "docs" / "diff.md").read_text().split("## What holds for any Llama\n")[1]
+    (example, *_) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert run(OWN, OWN / "python", "-c", example, cwd=tmp_path).stdout == "the same logits\ncausal\n"
 
 
 HOOKED = """
@@ -333,7 +341,7 @@ def test_the_tables_of_formats_are_up_to_date() -> None:
 def test_the_catalogue_is_up_to_date() -> None:
     _, written, _ = numerics.split(catalogue.PAGE.read_text(), catalogue.MARKS)
     assert written == catalogue.table(), "docs/diff.md is stale: run ./dev catalogue --write"
-    assert f"(docs/diff.md) lists {len(catalogue.BUGS)})" in README
+    assert f"(docs/diff.md) lists {len(catalogue.BUGS)} bugs" in README
 
 
 # ---- Numerics --------------------------------------------------------------------------------------------------------

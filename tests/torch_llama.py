@@ -77,7 +77,13 @@ class TorchLlama:
 
     def feed_forward(self, x: Any, at: str) -> Any:
         gate, up, down = (self.w[f"{at}feed_forward.w{i}.weight"] for i in (1, 3, 2))
-        return (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        return self.gated(x @ gate.T, x @ up.T) @ down.T
+
+    def gated(self, gate: Any, up: Any) -> Any:
+        return self.act(gate) * up
+
+    def act(self, x: Any) -> Any:
+        return functional.silu(x)
 
     def block(self, x: Any, at: str, angles: Any) -> Any:
         x = x + self.attention(self.norm(x, self.w[f"{at}attention_norm.weight"]), at, angles)
@@ -86,9 +92,12 @@ class TorchLlama:
     def embed(self, ids: Any) -> Any:
         return self.w["tok_embeddings.weight"][ids]
 
+    @property
+    def unembed(self) -> Any:
+        return self.w["tok_embeddings.weight" if self.c.tied else "output.weight"]
+
     def readout(self, x: Any) -> Any:
-        unembed = self.w["tok_embeddings.weight" if self.c.tied else "output.weight"]
-        return self.norm(x, self.w["norm.weight"]) @ unembed.T
+        return self.norm(x, self.w["norm.weight"]) @ self.unembed.T
 
     @torch.no_grad()
     def __call__(self, ids: Any) -> Any:

@@ -1,28 +1,42 @@
-"""The command `diff`: which known bug explains the logits of somebody else's Llama."""
+"""The command `diff`: the known bug behind what somebody else's Llama computed, or what their checkpoint changed."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
-from ..comparing.diff import diff
-from ..comparing.theirs import read_theirs
-from ..formats.files import load
+import numpy as np
+
+from lovely_llama import check
+
+from ..comparing.diff import Verdict, default_prompt, diff
+from ..comparing.server import read_server
+from ..comparing.tensors import diff_models
+from ..comparing.theirs import Recorded, read_theirs
+from ..formats.files import is_model, load
+from ..formats.model import Model
 from ..strict_json import nulled, to_json
-from .options import MODEL, READING, add_command
+from .options import MODEL, READING, add_command, numbers
 
 OPTIONS = {
-    "model": {"model": dict(metavar="MODEL", help=MODEL)},
+    "model": {"model": dict(metavar="MODEL", help=f"{MODEL}; or a folder made by golden, of which the answers of all "
+                            "bugs are known beforehand")},
     "theirs": {
-        "theirs": dict(metavar="THEIRS", help="what another program computed from that model: npz, safetensors or JSON "
-                       "lines with tokens and logits"),
+        "theirs": dict(metavar="THEIRS", help="what another program computed from that model: a file or a folder of "
+                       "tokens with logits, activations or both; or a server, such as http://localhost:8000/v1; or "
+                       "another model"),
+        "--tokens": dict(metavar="IDS", help="token ids to ask a server about (default: forty)"),
         "--dtype": dict(choices=("float32", "bfloat16", "float16"), help="in which theirs were computed "
-                        "(default: read off the numbers)"),
+                        "(default: read off the numbers; of a server float32)"),
+        "--pairs": dict(type=float, default=0.0, metavar="SECONDS", help="where no bug explains theirs, look so long "
+                        "for two at once"),
     },
     "output": {"--json": dict(action="store_true", help="print JSON")},
 }  # fmt: skip
-ABOUT = """Compare logits that another program computed with the reference's, and name the known bug, or the number that
-is not the right one, that explains the difference. The exit status is 0 if they are the same but for rounding, 1 if
-they differ, 2 for bad input, 3 for a fault while running."""
+ABOUT = """Compare what another program computed with the reference's, and name the known bug, or the number that is not
+the right one, that explains the difference. THEIRS is npz, safetensors, JSON lines, a file of torch.save, or a folder
+of such: SGLang's dumps, transformers' debug tree. Of another model, tensors are compared. The exit status is 0 if they
+are the same but for rounding, 1 if they differ, 2 for bad input, 3 for a fault while running."""
 EXAMPLES = """
 lovely-llama trace run/best --text "To be" --only logits --out t.safetensors && lovely-llama diff run/best t.safetensors
 lovely-llama trace run/best --tokens "3 1 4" --out t.safetensors && lovely-llama diff run/best t.safetensors --json
@@ -31,14 +45,36 @@ lovely-llama trace run/best --tokens "3 1 4" --out t.safetensors && lovely-llama
 
 def add(commands: Any) -> None:
     """Add the command."""
-    what = "name the bug in another program's Llama from its logits"
+    what = "name the bug in another program's Llama from what it computed"
     command = add_command(commands, "diff", what, run, OPTIONS, about=ABOUT, examples=EXAMPLES, extras=READING)
     command.set_defaults(fault=3)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Judge a recording."""
-    tokens, logits = read_theirs(Path(args.theirs))
-    verdict = diff(load(args.model), logits, tokens, dtype=args.dtype)
+    """Judge a recording, a server or a model."""
+    server = re.match("https?://", args.theirs) is not None
+    check("tokens", args.tokens, server or args.tokens is None, "none: a recording has its own")
+    check("pairs", args.pairs, 0 <= args.pairs < np.inf, "seconds")
+    if not server and is_model(Path(args.theirs)):
+        ours, theirs = (load(path, "float32", allow_nonfinite=True) for path in (args.model, args.theirs))
+        verdict: Any = diff_models(ours, theirs)
+    else:
+        verdict = compared(args, asked(args) if server else (args.model, read_theirs(Path(args.theirs))))
     print(to_json(nulled(verdict._asdict()), indent=2, ensure_ascii=False) if args.json else verdict)
     return int(verdict.verdict != "same")
+
+
+def asked(args: argparse.Namespace) -> tuple[Model, Recorded]:
+    """The model, and what a server says of the same tokens."""
+    model = load(args.model)
+    tokens = default_prompt(model.config) if args.tokens is None else numbers(args.tokens)
+    return model, read_server(args.theirs, tokens, model.tokenizer, model.config.vocab)
+
+
+def compared(args: argparse.Namespace, both: tuple[Model | str, Recorded]) -> Verdict:
+    """What was recorded, beside the model."""
+    model, found = both
+    return diff(
+        model, found.logits, found.tokens, activations=found.activations, dtype=args.dtype, pairs=args.pairs,
+        log_probabilities=found.log_probabilities,
+    )  # fmt: skip

@@ -40,7 +40,7 @@ def window(theirs: Rows, candidates: Candidates, first: int, rounding: float) ->
     """A sliding window: the first tokens see all, and the first that does not tells its width."""
     words = (Words("attend", VISIBLE, f"{VISIBLE} & (last - {first} < position)"),)
     bug = Bug(f"a sliding window of {first} tokens", "", "", words=words)
-    fit = measured(theirs, bug, candidates.of(bug), candidates, candidates.of(SAME), rounding)
+    fit = measured(theirs, bug, candidates.of(bug), candidates.of(SAME), candidates.noise(bug), rounding)
     return fit if fit.near and fit.whole else None
 
 
@@ -94,7 +94,7 @@ def turned(theirs: Rows, candidates: Candidates, rounding: float) -> tuple[Dial,
     for _, dial, middle, step in sorted(tried, key=lambda one: one[0])[:3]:
         value = float(dial.ours * np.exp(section(lambda at, dial=dial: error(dial, at), middle - step, middle + step)))
         bug = dial.bug(value)
-        fit = measured(theirs, bug, candidates.read(candidates.llama(bug)), candidates, same, rounding)
+        fit = measured(theirs, bug, candidates.of(bug), same, candidates.noise(bug), rounding)
         if fit.near and fit.whole and fit.effect > 5 * rounding:
             return dial, value, fit
     return None

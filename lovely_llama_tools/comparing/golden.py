@@ -45,6 +45,8 @@ from ..formats.safetensors import write_arrays
 from ..strict_json import to_json
 from ..tokens import Tokenizer
 from ..tokens.training import train_sentencepiece
+from . import answers
+from .answers import ANSWERS
 from .trace import trace
 
 VOCAB, LENGTH = 288, 272
@@ -67,7 +69,8 @@ ABOUT = """Made by `lovely-llama golden`. Each model stands as a folder of Huggi
 .bin. logits: of the whole prompt. trace: every intermediate of its first tokens, and trace_gradients the gradients with
 respect to them of the mean cross-entropy of each token given those before it. gradients: with respect to the
 parameters; step: the parameters after one step of AdamW from zero moments, the gradient clipped first. decoding: the
-logits when the first tokens are read at once and the others one at a time, and the cache after that. Names and order of
+logits when the first tokens are read at once and the others one at a time, and the cache after that. answers: what
+every known bug gives, at some positions, for `lovely-llama diff`. Names and order of
 rotary rows in gradients and step are Hugging Face's, else ours: heads, tokens, features; neighbouring rotary rows."""
 
 
@@ -167,6 +170,7 @@ def write_probe(folder: Path, probe: Probe, tokenizer: Tokenizer) -> dict[str, A
     for form in forms:
         save(model, folder / form)
     ids, found = prompt(probe), dict[str, Any]()
+    write_arrays(folder / ANSWERS, answers.computed(model, ids))
     for name, arrays in computed(model, ids).items():
         write_arrays(folder / f"{name}.safetensors", arrays)
         tensors = {key: [*array.shape] for key, array in arrays.items()}

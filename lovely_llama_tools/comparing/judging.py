@@ -8,7 +8,7 @@ that is larger.
 from typing import NamedTuple
 
 from .bugs import BUGS, Bug
-from .candidates import SAME, Candidates, Rows, distance, slope
+from .candidates import SAME, Candidates, Distance, Rows, distance, slope
 
 NEAR = 3  # times the rounding of one program: other programs round up to 1.5 × as much; twice that
 ALONG = 0.5  # of rounding, along one direction; a quarter was the most that was seen
@@ -27,10 +27,9 @@ class Fit(NamedTuple):
     spread: float  # of its slope
 
 
-def measured(theirs: Rows, bug: Bug, rows: Rows, candidates: Candidates, same: Rows, rounding: float) -> Fit:
-    """A candidate beside theirs, with its own rounding measured."""
-    error, again = distance(theirs, rows), distance(candidates.again(bug), rows)
-    effect = distance(rows, same).whole
+def measured(theirs: Rows, bug: Bug, rows: Rows, same: Rows, again: Distance, rounding: float) -> Fit:
+    """A candidate beside theirs. `again` is its own rounding, `rounding` that of the right one."""
+    error, effect = distance(theirs, rows), distance(rows, same).whole
     own = again.whole if again.whole < effect else 0.0  # rounding must not do as much as the bug
     near = error.whole <= NEAR * max(own, rounding) or error.median <= NEAR * again.median
     value, spread = slope(theirs, rows, same)
@@ -41,29 +40,29 @@ def measured(theirs: Rows, bug: Bug, rows: Rows, candidates: Candidates, same: R
 def judged(theirs: Rows, candidates: Candidates, found: dict[str, Rows], nearest: int = 3) -> tuple[list[Fit], Fit]:
     """The candidates that explain theirs, the nearest first, and the nearest of all that do not."""
     same = candidates.of(SAME)
-    rounding = distance(candidates.again(SAME), same).whole
+    rounding = candidates.noise(SAME).whole
     order = sorted(found, key=lambda name: distance(theirs, found[name]).whole)
     fits, beside = list[Fit](), list[Fit]()
     for place, name in enumerate(order):
         if place >= nearest and distance(theirs, found[name]).whole > 10 * NEAR * rounding:
             break
-        fit = measured(theirs, BUGS[name], found[name], candidates, same, rounding)
+        fit = measured(theirs, BUGS[name], found[name], same, candidates.noise(BUGS[name]), rounding)
         shows = fit.effect > ALONG * rounding
         (fits if fit.near and fit.whole and shows else beside).append(fit)
     if not fits:
         fits = [fit for fit in beside[:1] if fit.error <= LEFT * fit.effect]
         beside = beside[len(fits) :]
-    kept = [fit for fit in fits if fit is fits[0] or not ruled_out(theirs, fits[0], found[fit.bug.name], found)]
+    a = found[fits[0].bug.name] if fits else same
+    kept = [f for f in fits if f is fits[0] or not ruled_out(theirs, a, found[f.bug.name], fits[0].rounding)]
     gone = sorted([*beside, *(fit for fit in fits if fit not in kept)], key=lambda fit: fit.error)
     return kept, gone[0] if gone else kept[-1]
 
 
-def ruled_out(theirs: Rows, nearest: Fit, other: Rows, found: dict[str, Rows]) -> bool:
+def ruled_out(theirs: Rows, nearest: Rows, other: Rows, rounding: float) -> bool:
     """Whether what sets another candidate apart from the nearest, if that is more than rounding, is not in theirs."""
-    a = found[nearest.bug.name]
-    apart = distance(other, a).whole
-    value, spread = slope(theirs, other, a)
-    return apart > 2 * nearest.rounding and value + max(spread, ALONG * nearest.rounding / apart) < 1
+    apart = distance(other, nearest).whole
+    value, spread = slope(theirs, other, nearest)
+    return apart > 2 * rounding and value + max(spread, ALONG * rounding / apart) < 1
 
 
 def begins(theirs: Rows, found: dict[str, Rows], same: Rows, rows: list[float]) -> tuple[str, int] | None:

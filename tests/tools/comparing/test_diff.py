@@ -1,8 +1,6 @@
 """`diff` on programs that are not ours: bugs in transformers' Llama are named from its logits alone."""
 
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 from builders import SMALL, random_params
-from safetensors.numpy import save_file
-from test_bugs import THEIRS, oracle_with
-from torch.nn import functional
-from transformers.models.llama import modeling_llama
+from foreign import AROUND, TORCH, TRANSFORMERS, UNLISTED, in_torch, in_transformers, oracle_with, run
+from safetensors.numpy import load_file, save_file
 
 import lovely_llama as ll
 from lovely_llama import LlamaError
-from lovely_llama_tools import diff, save
+from lovely_llama_tools import diff, load, save
 from lovely_llama_tools.commands import main
 from lovely_llama_tools.comparing.bugs import BUGS
 from lovely_llama_tools.comparing.diff import default_prompt
@@ -27,123 +23,61 @@ MODEL = Model(SMALL, random_params(SMALL), None)
 IDS = default_prompt(SMALL)
 
 
-def run(model: Any, mask: Callable[[Any], Any] = lambda ids: None) -> Callable[[Any], Any]:
-    """transformers' model as a function from ids to logits."""
-
-    @torch.no_grad()
-    def logits(ids: Any) -> Any:
-        tokens = torch.tensor(np.array(ids)).long()[None]
-        return model(tokens, attention_mask=mask(tokens)).logits[0]
-
-    return logits
-
-
-@pytest.mark.parametrize("name", THEIRS)
-def test_a_bug_is_named_from_logits_alone(name: str) -> None:
-    model, mask = oracle_with(name)
-    verdict = diff(MODEL, run(model, mask))
-    alike = ["weights of the next layer in a circle"] if name == "layers reversed" else []  # of two layers
-    assert sorted(verdict.bugs) == sorted([name, *alike]), verdict
-    assert verdict.verdict == ("several" if alike else "bug")
-    assert verdict.error < 1e-5 and verdict.rounding < 1e-5 and verdict.first is not None
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_bug_in_transformers_is_named_from_logits_alone(name: str, probe: Path) -> None:
+    """On a model of the probe, whose answers are known, and on its prompt."""
+    folder = probe / "grouped"
+    with in_transformers(load(folder / "model"), name) as run:
+        verdict = diff(folder, run)
+    assert verdict.bugs == [name] and verdict.verdict == "bug", verdict
+    assert verdict.error < 1e-4 and verdict.rounding < 1e-5 and verdict.first is not None
     assert f"Found: {name}\n  the program {BUGS[name].does}\n  cure: {BUGS[name].cure}" in str(verdict)
 
 
-def replaced(name: str, change: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Another function in transformers' modeling_llama, made from the right one."""
-    return lambda patch: patch.setattr(modeling_llama, name, change(getattr(modeling_llama, name)))
+@pytest.mark.parametrize("name", [name for name in TORCH if name not in ("o transposed", "q transposed, Meta's rows")])
+def test_a_bug_in_torch_is_named(name: str, probe: Path) -> None:
+    verdict = diff(probe / "grouped", in_torch(load(probe / "grouped" / "model"), name))
+    assert verdict.bugs == [name] and verdict.verdict == "bug", verdict
 
 
-def method(owner: str, name: str, change: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Another method of one of its classes."""
-    where = getattr(modeling_llama, owner)
-    return lambda patch: patch.setattr(where, name, change(getattr(where, name)))
+@pytest.mark.parametrize("name", ["o transposed", "q transposed, Meta's rows", "gelu", "eps 1e-3", "layers reversed"])
+def test_a_bug_in_a_square_model_is_named(name: str, probe: Path) -> None:
+    model = load(probe / "square" / "model")
+    if name in TORCH:
+        verdict = diff(probe / "square", in_torch(model, name))
+    else:
+        with in_transformers(model, name) as run:
+            verdict = diff(probe / "square", run)
+    assert verdict.bugs == [name] and verdict.verdict == "bug", verdict
 
 
-def rotary(change: Callable[[Any, Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Other cosines and sines."""
-    return method("LlamaRotaryEmbedding", "forward", lambda right: lambda self, *a, **o: change(*right(self, *a, **o)))
+@pytest.mark.parametrize("name", ["gelu", "keys not rotated", "halves in parallel", "BOS put in front"])
+def test_a_bug_is_named_on_any_model(name: str) -> None:
+    """Of two layers, whose candidates are computed here."""
+    with in_transformers(MODEL, name) as run:
+        verdict = diff(MODEL, run)
+    assert verdict.bugs == [name] and verdict.verdict == "bug", verdict
 
 
-def norm(change: Callable[[Any, Any, float], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Another norm of x, by gain and eps."""
-    new = lambda self, x: change(x, self.weight, self.variance_epsilon)  # noqa: E731
-    return method("LlamaRMSNorm", "forward", lambda right: new)
+def test_what_looks_alike_is_named_together() -> None:
+    """Two layers in reverse are those of a circle too. What tells them apart is said."""
+    with in_transformers(MODEL, "layers reversed") as run:
+        verdict = diff(MODEL, run)
+    assert sorted(verdict.bugs) == ["layers reversed", "weights of the next layer in a circle"]
+    assert verdict.verdict == "several" and "in a circle” takes more than two layers" in str(verdict)
 
 
-def feed_forward(change: Callable[[Any, Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Another function of the module and its input."""
-    return method("LlamaMLP", "forward", lambda right: change)
-
-
-def attended(change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Other weights from scores, before the mask is added, and the mask."""
-
-    def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
-        key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
-        weights = change(query @ key.transpose(2, 3) * scaling, mask, module)
-        return (weights @ value).transpose(1, 2).contiguous(), weights
-
-    return replaced("eager_attention_forward", lambda right: forward)
-
-
-FUNCTIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "rotated backwards": rotary(lambda cos, sin: (cos, -sin)),
-    "rotation left out": rotary(lambda cos, sin: (cos * 0 + 1, sin * 0)),
-    "rotation without its sines": rotary(lambda cos, sin: (cos, sin * 0)),
-    "cosines and sines in bfloat16": rotary(lambda cos, sin: (cos.bfloat16().float(), sin.bfloat16().float())),
-    "keys not rotated": replaced("apply_rotary_pos_emb", lambda right: lambda q, k, *a, **o: (right(q, k, *a)[0], k)),
-    "queries not rotated": replaced(
-        "apply_rotary_pos_emb", lambda right: lambda q, k, *a, **o: (q, right(q, k, *a)[1])),
-    "scores not scaled": attended(lambda s, mask, m: torch.softmax(s * math.sqrt(m.head_dim) + mask, -1)),
-    "scores scaled by dim": attended(
-        lambda s, mask, m: torch.softmax(s * math.sqrt(m.head_dim / SMALL.dim) + mask, -1)),
-    "mask after softmax": attended(lambda s, mask, m: torch.softmax(s, -1) * (mask == 0)),
-    "softmax over queries": attended(lambda s, mask, m: torch.softmax(s + mask, -2)),
-    "each token sees itself alone": attended(lambda s, mask, m: torch.eye(s.shape[-1]).expand(s.shape)),
-    "an attention sink": attended(lambda s, mask, m: torch.softmax(functional.pad(s + mask, (0, 1)), -1)[..., :-1]),
-    "LayerNorm": norm(lambda x, g, eps: functional.layer_norm(x, x.shape[-1:], g, None, eps)),
-    "gain before the norm": norm(lambda x, g, eps: functional.rms_norm(g * x, x.shape[-1:], None, eps)),
-    "eps outside the root": norm(lambda x, g, eps: g * x / (x.pow(2).mean(-1, True).sqrt() + eps)),
-    "sum for mean": norm(lambda x, g, eps: g * x * torch.rsqrt(x.pow(2).sum(-1, True) + eps)),
-    "no gate": feed_forward(lambda m, x: m.down_proj(m.up_proj(x))),
-    "gate and up added": feed_forward(lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) + m.up_proj(x))),
-    "silu of the product": feed_forward(lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x) * m.up_proj(x)))),
-}  # fmt: skip
-UNKNOWN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "a bias": feed_forward(lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x)) + 0.1),
-    "tanh for silu": feed_forward(lambda m, x: m.down_proj(torch.tanh(m.gate_proj(x)) * m.up_proj(x))),
-    "the square of up": feed_forward(lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x) ** 2)),
-    "a norm by the largest": norm(lambda x, g, eps: g * x / x.abs().amax(-1, True)),
-    "cube roots": norm(lambda x, g, eps: g * x / (x.abs().pow(3).mean(-1, True) + eps) ** (1 / 3)),
-    "distances": attended(lambda s, mask, m: torch.softmax(s + mask - torch.arange(s.shape[-1]).flip(0) * 0.1, -1)),
-    "weights of 1.5": attended(lambda s, mask, m: torch.softmax(s + mask, -1) ** 1.5),
-    "dropped scores": attended(lambda s, mask, m: torch.softmax(torch.where(s > 1, 0.0, s) + mask, -1)),
-    "sines halved": rotary(lambda cos, sin: (cos, sin / 2)),
-    "values of a bias": attended(lambda s, mask, m: torch.softmax(s + mask, -1) + 0.01),
-}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_bug_in_a_function_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    FUNCTIONS[name](monkeypatch)
-    model, _ = oracle_with(None)
-    verdict = diff(MODEL, run(model))
-    assert verdict.bugs[:1] == [name] and verdict.verdict == "bug", verdict
-
-
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_a_fault_that_nobody_has_listed_gets_no_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    UNKNOWN[name](monkeypatch)
-    model, _ = oracle_with(None)
-    verdict = diff(MODEL, run(model))
+@pytest.mark.parametrize("name", UNLISTED)
+def test_a_fault_that_nobody_has_listed_gets_no_name(name: str) -> None:
+    with in_transformers(MODEL, name) as run:
+        verdict = diff(MODEL, run)
     assert verdict.verdict == "none" and not verdict.bugs, verdict
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_correct_program_is_called_so(dtype: Any) -> None:
-    model, _ = oracle_with(None)
-    verdict = diff(MODEL, run(model.to(dtype)))
+    with in_transformers(MODEL, None, dtype) as run:
+        verdict = diff(MODEL, run)
     assert verdict.verdict == "same" and verdict.first is None and not verdict.bugs, verdict
     assert verdict.dtype == str(dtype).removeprefix("torch.")
     assert "The same: theirs are" in str(verdict)
@@ -152,14 +86,68 @@ def test_a_correct_program_is_called_so(dtype: Any) -> None:
 @pytest.mark.parametrize("name", ["gelu", "theta 1e4", "k and v exchanged", "1 + gain", "no mask", "layers reversed"])
 def test_a_bug_in_half_precision(name: str) -> None:
     """Nothing else is named for it."""
-    model, mask = oracle_with(name)
-    verdict = diff(MODEL, run(model.to(torch.bfloat16), mask))
+    with in_transformers(MODEL, name, torch.bfloat16) as run:
+        verdict = diff(MODEL, run)
     assert verdict.verdict in ("bug", "several") and name in verdict.bugs, verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", ["grouped", "square"])
+def test_a_correct_torch_llama_is_the_same(which: str, dtype: Any, probe: Path) -> None:
+    model = load(probe / which / "model")
+    verdict = diff(probe / which, in_torch(model, None, dtype))
+    assert verdict.verdict == "same" and verdict.dtype == str(dtype).removeprefix("torch."), verdict
+    assert len(verdict.positions) == 272
+
+
+def test_nothing_is_named_wrongly_in_bfloat16(probe: Path) -> None:
+    model = load(probe / "square" / "model")
+    for name in ("attention added to the norm", "1 + gain", "log-probabilities"):
+        verdict = diff(model, in_torch(model, name, torch.bfloat16))
+        assert verdict.verdict in ("bug", "several") and name in verdict.bugs, verdict
+
+
+def test_positions_that_bfloat16_does_not_count(probe: Path) -> None:
+    """With more tokens than it counts, two bugs are told apart that look alike before."""
+    model, ids = load(probe / "square" / "model"), json.loads((probe / "manifest.json").read_text())
+    theirs: Any = in_torch(model, None)
+    theirs.replaced(angles=lambda m, n: torch.outer(torch.arange(n).bfloat16().float(), m.frequencies()))
+    verdict = diff(probe / "square", theirs)
+    assert verdict.bugs == ["positions in bfloat16"] and verdict.first and verdict.first >= 257, verdict
+    short = diff(probe / "square", theirs, ids["models"]["square"]["tokens"][:40])  # whose answers are computed
+    assert short.verdict == "same" and len(short.positions) == 40
+
+
+def test_the_probe_knows_whose_prompt_it_is(probe: Path) -> None:
+    """All of it may be named, and the model is told by its tokens."""
+    for which in ("grouped", "square", "yarn"):
+        found = load_file(probe / which / "logits.safetensors")
+        verdict = diff(probe, found["logits"], found["tokens"])
+        assert verdict.verdict == "same" and verdict.error < 1e-5, which
+    with pytest.raises(LlamaError, match="tokens: got no model's prompt, expected that of grouped, square, yarn"):
+        diff(probe, found["logits"][:9], found["tokens"][:9])
+
+
+def test_two_bugs_at_once_are_found(probe: Path) -> None:
+    """From logits alone, where it is asked for."""
+    model = load(probe / "square" / "model")
+    with in_transformers(model, "relu") as run:
+        theirs = AROUND["ids one too high"](run, model)
+        verdict = diff(probe / "square", theirs, pairs=60)
+    assert verdict.verdict == "several" and verdict.together, verdict
+    assert sorted(verdict.bugs) == ["ids one too high", "relu"] and verdict.error < 1e-5
+    assert "They are there at once" in str(verdict)
+
+
+def test_another_checkpoint_is_said_to_be_one() -> None:
+    other = random_params(SMALL, seed=9)
+    verdict = diff(MODEL, lambda ids: ll.logits(other, ids, SMALL))
+    assert verdict.verdict == "none" and "of another checkpoint" in str(verdict), verdict
 
 
 def test_a_number_that_is_not_the_right_one_is_found() -> None:
     for name, change in (("theta", {"rope_theta": 3e3}), ("eps", {"rms_norm_eps": 4e-3})):
-        model, _ = oracle_with(None, change)
+        model, _ = oracle_with(None, MODEL.params, SMALL, change)
         verdict = diff(MODEL, run(model))
         (want,) = change.values()
         assert verdict.verdict == "bug" and not verdict.bugs, verdict
@@ -173,7 +161,7 @@ def test_the_width_of_a_window_is_found() -> None:
         distance = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])
         return torch.where((distance >= 0) & (distance < 11), 0.0, -torch.inf)[None, None]
 
-    verdict = diff(MODEL, run(oracle_with(None)[0], mask))
+    verdict = diff(MODEL, run(oracle_with(None, MODEL.params, SMALL)[0], mask))
     assert verdict.first == 11 and not verdict.bugs, verdict
     assert verdict.dial == {"name": "sliding window", "theirs": 11, "ours": SMALL.ctx}
 
@@ -197,8 +185,9 @@ def test_rows_that_are_not_numbers_are_left_out() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In every form of file, as text and as JSON; the exit status says whether they differ."""
     save(MODEL, tmp_path / "model")
-    rows, model = np.asarray(ll.logits(MODEL.params, IDS, SMALL)), oracle_with("gelu")[0]
-    wrong = run(model)(IDS).numpy()
+    rows = np.asarray(ll.logits(MODEL.params, IDS, SMALL))
+    with in_transformers(MODEL, "gelu") as theirs:
+        wrong = theirs(IDS).numpy()
     np.savez(tmp_path / "right", tokens=IDS, logits=rows[None])
     save_file({"tokens": IDS.astype(np.int64), "logits": wrong}, tmp_path / "wrong")
     lines = [json.dumps({"tokens": int(i), "logits": row.tolist()}) for i, row in zip(IDS, wrong, strict=True)]

@@ -23,15 +23,9 @@ from lovely_llama_tools import load
 from lovely_llama_tools.commands import main
 from lovely_llama_tools.comparing.golden import PROBES
 from lovely_llama_tools.comparing.naming import NAMINGS, renamed
+from lovely_llama_tools.comparing.theirs import read_theirs
 
 PAGE = Path(__file__).parents[3] / "docs" / "diff.md"
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("golden") / "probe"
-    assert main(["golden", str(folder)]) == 0
-    return folder
 
 
 def test_the_manifest_describes_what_is_there(probe: Path, tmp_path: Path) -> None:
@@ -42,12 +36,12 @@ def test_the_manifest_describes_what_is_there(probe: Path, tmp_path: Path) -> No
     assert manifest["files"] == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in there.items()
     }
-    assert sum(map(len, there.values())) < 7_500_000
+    assert sum(map(len, there.values())) < 8_000_000
     for name, model in manifest["models"].items():
         for file, told in model["computed"].items():
             arrays = load_file(probe / name / f"{file}.safetensors")
             assert told["tensors"] == {key: [*array.shape] for key, array in arrays.items()}
-    assert main(["golden", str(tmp_path / "again")]) == 0
+    subprocess.run([sys.executable, "-m", "lovely_llama_tools", "golden", tmp_path / "again"], check=True)
     assert (tmp_path / "again" / "manifest.json").read_bytes() == (probe / "manifest.json").read_bytes()
 
 
@@ -125,18 +119,35 @@ def test_distributions_are_those_of_their_definitions(probe: Path) -> None:
     assert_close({name: found[name] for name in want}, want, 1e-5)
 
 
-def test_the_page_s_program_in_c_reads_it(probe: Path, tmp_path: Path) -> None:
-    """It finds a right function right, and a wrong one wrong; compiled by the system's compiler, or by zig's."""
-    (program,) = re.findall(r"```c\n(.*?)```", PAGE.read_text(), re.DOTALL)
+def compile_c(source: str, folder: Path) -> None:
+    """The program `check`, by the system's compiler, or by zig's."""
     compiler = ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "ZIG_GLOBAL_CACHE_DIR": str(tmp_path / "zig")}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "ZIG_GLOBAL_CACHE_DIR": str(folder / "zig")}
+    (folder / "check.c").write_text(source)
+    command = [*compiler, "-std=c99", "-Wall", "-Werror", "-o", "check", "check.c", "-lm"]
+    subprocess.run(command, cwd=folder, check=True, env=environment)
+
+
+def test_the_page_s_lines_of_json_in_c_are_read(tmp_path: Path) -> None:
+    record, _ = re.findall(r"```c\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    numbers = "{0.1f, -3e-9f, 1e30f}"
+    main = f"int main(void) {{ const float x[] = {numbers}; for (int i = 7; i < 9; i++) record(stdout, i, x, 3); }}"
+    compile_c(f"#include <stdio.h>\n{record}\n{main}\n", tmp_path)
+    lines = subprocess.run([tmp_path / "check"], capture_output=True, check=True).stdout
+    (tmp_path / "theirs.jsonl").write_bytes(lines)
+    found = read_theirs(tmp_path / "theirs.jsonl")
+    assert found.tokens.tolist() == [7, 8]
+    assert (np.asarray(found.logits, np.float32) == np.array([[0.1, -3e-9, 1e30]] * 2, np.float32)).all()
+
+
+def test_the_page_s_program_in_c_reads_it(probe: Path, tmp_path: Path) -> None:
+    """It finds a right function right, and a wrong one wrong."""
+    _, program = re.findall(r"```c\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for source, status, says in (
         (program, 0, r"rms_norm: relative error \d\.\de-0[78], tolerance 1e-5\n"),
         (program.replace("sqrt(squares / dim + eps)", "(sqrt(squares / dim) + eps)"), 1, r"rms_norm: .*"),
     ):
-        (tmp_path / "check.c").write_text(source)
-        compile = [*compiler, "-std=c99", "-Wall", "-Werror", "-o", "check", "check.c", "-lm"]
-        subprocess.run(compile, cwd=tmp_path, check=True, env=environment)
+        compile_c(source, tmp_path)
         done = subprocess.run([tmp_path / "check", probe / "yarn"], capture_output=True, text=True)
         assert done.returncode == status and re.fullmatch(says, done.stdout, re.DOTALL), done
     done = subprocess.run([tmp_path / "check", tmp_path], capture_output=True, text=True)
