@@ -219,7 +219,6 @@ BY_PARTS: dict[str, Change] = {
     "last norm without its gain": tensors(lambda name, x: torch.ones_like(x) if name == "model.norm.weight" else x),
     "query heads grouped the other way": regrouped("q_proj", "o_proj"), "q grouped the other way": regrouped("q_proj"),
     "o grouped the other way": regrouped("o_proj"),
-    "embedding scaled by sqrt(dim)": tensors(lambda name, x: x * x.shape[1] ** 0.5 if "embed" in name else x),
     "unembedding taken from the embedding": tied,
     "id 0 taken for padding": padded, "first token hidden": first_hidden, "no mask": all_seen,
 }  # fmt: skip
@@ -263,7 +262,14 @@ def attended(change: Callable[..., Any]) -> Patch:
     return replaced("eager_attention_forward", lambda right: forward)
 
 
+def embedded(patch: pytest.MonkeyPatch) -> None:
+    """The embedding scaled."""
+    right = torch.nn.Embedding.forward
+    patch.setattr(torch.nn.Embedding, "forward", lambda self, ids: right(self, ids) * self.embedding_dim**0.5)
+
+
 BY_FUNCTIONS: dict[str, Patch] = {
+    "embedding scaled by sqrt(dim)": embedded,
     "rotated backwards": rotary(lambda cos, sin: (cos, -sin)),
     "rotation left out": rotary(lambda cos, sin: (cos * 0 + 1, sin * 0)),
     "rotation without its sines": rotary(lambda cos, sin: (cos, sin * 0)),

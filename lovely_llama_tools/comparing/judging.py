@@ -32,6 +32,7 @@ def measured(theirs: Rows, bug: Bug, rows: Rows, same: Rows, again: Distance, ro
     error, effect = distance(theirs, rows), distance(rows, same).whole
     own = again.whole if again.whole < effect else 0.0  # rounding must not do as much as the bug
     near = error.whole <= NEAR * max(own, rounding) or error.median <= NEAR * again.median
+    near = near and error.whole < distance(theirs, same).whole
     value, spread = slope(theirs, rows, same)
     spread = max(spread, ALONG * max(again.whole, rounding) / max(effect, 1e-300))
     return Fit(bug, error.whole, again.whole, effect, near, abs(value - 1) <= spread, spread)

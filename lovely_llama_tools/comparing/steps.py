@@ -173,7 +173,8 @@ class Steps:
     def judge(self) -> list[Step]:
         """Each wrong step and what explains it: again and again the bug that explains the most of those that are left,
         and breaks the fewest."""
-        left, found = set[Place](self.wrong), list[Step]()
+        left: set[Place] = set(self.wrong)
+        found = list[Step]()
         tried, seen = dict[str, Explained](), set[int]()
         while left:
             most = max((worth(one, left) for one in tried.values()), default=(0.0, 0.0))[0]
@@ -190,7 +191,7 @@ class Steps:
             names = [name for name in names if self.alike(name, names[0], fits, best)]
             others = self.others(fits) if best[names[0]][1] else []  # a change of that step alone comes before
             found += others if all(step.says for step in others) and others else self.told(fits, names, fits)
-            left.difference_update(fits)
+            left -= set(fits)
         return sorted([*found, *self.others(left)], key=lambda step: (step.layers, IN_ORDER.index(step.step)))
 
     def tried(self, layers: Sequence[int]) -> dict[str, Explained]:

@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from builders import SMALL, random_params
 from foreign import TORCH, TRANSFORMERS, UNLISTED, in_torch, in_transformers, oracle_with

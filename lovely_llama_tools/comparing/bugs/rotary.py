@@ -218,6 +218,6 @@ OF_ROTATION = (
         "a token's position is the number of those before it", "transformers#37414",
         words=(Words("attention", Q, f"rope(w_q @ x, angles - ({NEXT}))"),)),
     Bug("rotated by the head's number", "takes the number of a head for the position",
-        "transpose heads and positions before rotating", "unsqueeze_dim",
+        "transpose heads and positions before rotating", "unsqueeze_dim", "grouped queries, or it is rotation left out",
         params=by_head, words=angles(f"f * {POSITION} * 0")),
 )  # fmt: skip

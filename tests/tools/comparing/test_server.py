@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, cast
 
@@ -12,11 +14,15 @@ import jax
 import numpy as np
 import pytest
 from builders import SMALL, letter_tokenizer, random_params
+from foreign import in_transformers
 
 import lovely_llama as ll
 from lovely_llama import LlamaError
+from lovely_llama_tools import save
+from lovely_llama_tools.commands import main
 from lovely_llama_tools.comparing.server import ids_by_text, read_server
 from lovely_llama_tools.comparing.theirs import Recorded
+from lovely_llama_tools.formats.model import Model
 
 IDS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
 ROWS = np.asarray(jax.nn.log_softmax(ll.logits(random_params(SMALL), IDS, SMALL)), np.float64)
@@ -319,3 +325,26 @@ def test_an_interrupt_ends_it(server: Server) -> None:
     with pytest.raises(KeyboardInterrupt):
         read_server(server.url, IDS, None, SMALL.vocab)
     assert len(server.bodies) == 1
+
+
+def test_the_command_names_the_bug_of_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of which only the few likeliest tokens are known; and a right one is called so."""
+    model = Model(SMALL, random_params(SMALL), None)
+    save(model, tmp_path / "model")
+    server = Server("vllm5")
+    command = ["diff", str(tmp_path / "model"), server.url, "--tokens", " ".join(map(str, IDS)), "--json"]
+    try:
+        assert main(command) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["verdict"] == "same" and len(told["positions"]) == len(IDS) and told["notes"] == []
+        with in_transformers(model, "relu") as run:
+            monkeypatch.setattr(sys.modules[__name__], "ROWS", run(IDS).double().log_softmax(-1).numpy())
+        assert main(command) == 1
+        told = json.loads(capsys.readouterr().out)
+        assert told["verdict"] == "bug" and told["bugs"] == ["relu"] and told["error"] < 1e-5
+        assert main([*command[:-3], "--tokens", "29"]) == 2
+    finally:
+        server.hang_up()
+    assert "tokens: got" in capsys.readouterr().err and not server.faults

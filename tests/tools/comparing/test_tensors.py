@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -16,7 +17,8 @@ from builders import SMALL, layers_of, random_params
 from jax import numpy as jnp
 
 from lovely_llama import Config, Params
-from lovely_llama_tools import from_llama2c, to_llama2c
+from lovely_llama_tools import from_llama2c, save, to_llama2c
+from lovely_llama_tools.commands import main
 from lovely_llama_tools.comparing.relations import RELATIONS
 from lovely_llama_tools.comparing.tensors import Differences, diff_models
 from lovely_llama_tools.formats.model import Model
@@ -408,3 +410,23 @@ def test_numbers_that_are_none() -> None:
     assert found["embed"] == "∞ in theirs at [3, 5] and 1 more; rounded to bfloat16", found
     assert found["norm"] == "rounded to bfloat16"
     json.dumps(diff_models(ours, theirs)._asdict(), allow_nan=False)
+
+
+def test_the_command_compares_two_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = random_params(SMALL)
+    save(Model(SMALL, params, None), tmp_path / "ours")
+    wrong = jax.tree.map_with_path(lambda path, w: 2 * w if path[-1].name == "up" else w, params)
+    save(Model(SMALL, wrong, None), tmp_path / "theirs.gguf")
+    command = ["diff", str(tmp_path / "ours")]
+    assert main([*command, str(tmp_path / "ours")]) == 0
+    assert main([*command, str(tmp_path / "theirs.gguf"), "--json"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("The same: the config, and all ")
+    told = json.loads(out[out.index("{") :])
+    (group,) = told["tensors"]
+    assert group["names"] == ["ffn.up"] and group["layers"] == [0, 1] and group["relation"] == "× 2"
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "theirs.gguf").read_bytes()[:-999])
+    for name in ("cut.gguf", "none"):
+        assert main([*command, str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path / name}: ") and said.count("\n") == 1
