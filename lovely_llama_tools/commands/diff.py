@@ -9,10 +9,10 @@ import numpy as np
 
 from lovely_llama import check
 
+from ..comparing.checkpoints.tensors import diff_models
 from ..comparing.diff import Verdict, default_prompt, diff
-from ..comparing.server import read_server
-from ..comparing.tensors import diff_models
-from ..comparing.theirs import Recorded, read_theirs
+from ..comparing.recordings.server import read_server
+from ..comparing.recordings.theirs import Recorded, read_theirs
 from ..formats.files import is_model, load
 from ..formats.model import Model
 from ..strict_json import nulled, to_json

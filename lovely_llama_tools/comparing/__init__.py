@@ -5,8 +5,8 @@ of what goes wrong, with each fault as a change; `variants` is the library with 
 put in and `trace` takes notes: every intermediate of a run, which `naming` renames as other programs have them.
 `golden` writes a probe on which every bug shows, with the `answers` of all bugs. `diff` names the bug behind somebody's
 logits: `candidates` computes what each would give, `judging` is the rule, `dials` looks for a number that is not the
-right one, `pairs` for two bugs at once; `steps` judges activations one by one. `theirs`, `dumps` and `server` read what
-others recorded. `tensors` compares two checkpoints, by `relations`, `permutations` and `values`.
+right one, `pairs` for two bugs at once; `steps` judges activations one by one. `recordings` are what others computed;
+`checkpoints` compares the tensors of two models.
 """
 
 from .. import extras as extras  # which refuses a jax that is too old

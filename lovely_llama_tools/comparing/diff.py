@@ -175,9 +175,8 @@ def by_logits(rows: Rows, candidates: Candidates, pairs: float) -> Verdict:
     own_values = {name for name, effect in effects.items() if effect == 0 and BUGS[name].config}  # no bug here
     shown = {name for name, effect in effects.items() if effect > NEAR * own or BUGS[name].needs.startswith(NEVER)}
     hidden = [name for name in found if name not in own_values | shown]
-    fits, beside = judged(theirs, candidates, found)
+    fits, beside = judged(theirs, candidates, found, len(rows))
     verdict = verdict._replace(hidden=hidden, next={"name": beside.bug.name, "error": beside.error})
-    fits = [fit for fit in fits if candidates.count(fit.bug) == len(rows)] or fits
     if names := [fit.bug.name for fit in fits]:
         return verdict._replace(verdict="bug" if len(names) == 1 else "several", bugs=names, error=fits[0].error)
     if first and (fit := window(theirs, candidates, first, own)):

@@ -38,8 +38,12 @@ def measured(theirs: Rows, bug: Bug, rows: Rows, same: Rows, again: Distance, ro
     return Fit(bug, error.whole, again.whole, effect, near, abs(value - 1) <= spread, spread)
 
 
-def judged(theirs: Rows, candidates: Candidates, found: dict[str, Rows], nearest: int = 3) -> tuple[list[Fit], Fit]:
-    """The candidates that explain theirs, the nearest first, and the nearest of all that do not."""
+def judged(
+    theirs: Rows, candidates: Candidates, found: dict[str, Rows], count: int, nearest: int = 3
+) -> tuple[list[Fit], Fit]:
+    """The candidates that explain theirs, the nearest first, and the nearest of all that do not.
+
+    `count`: of their rows. That a token is lost shows in it alone, where nothing sees the first one anyway."""
     same = candidates.of(SAME)
     rounding = candidates.noise(SAME).whole
     order = sorted(found, key=lambda name: distance(theirs, found[name]).whole)
@@ -53,6 +57,7 @@ def judged(theirs: Rows, candidates: Candidates, found: dict[str, Rows], nearest
     if not fits:
         fits = [fit for fit in beside[:1] if fit.error <= LEFT * fit.effect]
         beside = beside[len(fits) :]
+    fits = [fit for fit in fits if candidates.count(fit.bug) == count] or fits
     a = found[fits[0].bug.name] if fits else same
     kept = [f for f in fits if f is fits[0] or not ruled_out(theirs, a, found[f.bug.name], fits[0].rounding)]
     gone = sorted([*beside, *(fit for fit in fits if fit not in kept)], key=lambda fit: fit.error)

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from builders import SMALL, random_params
 from foreign import TORCH, TRANSFORMERS, UNLISTED, in_torch, in_transformers, oracle_with
@@ -55,12 +56,12 @@ def cached(model: Model, dtype: Any) -> Callable[[Any], Any]:
 
 
 def shows(name: str, candidates: Candidates) -> bool:
-    """Whether a bug does more to these logits than rounding."""
+    """Whether a bug does more to these logits than rounding, and leaves numbers."""
     bug = BUGS[name]
     if bug.fits and not bug.fits(candidates.config):
         return False
     effect = distance(candidates.of(bug), candidates.of(SAME)).whole
-    return not effect <= NEAR * candidates.noise(SAME).whole
+    return NEAR * candidates.noise(SAME).whole < effect < np.inf
 
 
 def outcome(name: str, verdict: Any) -> str:

@@ -23,7 +23,7 @@ from lovely_llama_tools import load
 from lovely_llama_tools.commands import main
 from lovely_llama_tools.comparing.golden import PROBES
 from lovely_llama_tools.comparing.naming import NAMINGS, renamed
-from lovely_llama_tools.comparing.theirs import read_theirs
+from lovely_llama_tools.comparing.recordings.theirs import read_theirs
 
 PAGE = Path(__file__).parents[3] / "docs" / "diff.md"
 

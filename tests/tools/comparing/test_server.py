@@ -20,8 +20,8 @@ import lovely_llama as ll
 from lovely_llama import LlamaError
 from lovely_llama_tools import save
 from lovely_llama_tools.commands import main
-from lovely_llama_tools.comparing.server import ids_by_text, read_server
-from lovely_llama_tools.comparing.theirs import Recorded
+from lovely_llama_tools.comparing.recordings.server import ids_by_text, read_server
+from lovely_llama_tools.comparing.recordings.theirs import Recorded
 from lovely_llama_tools.formats.model import Model
 
 IDS = np.array([3, 1, 4, 1, 5, 9, 2, 6])

@@ -19,8 +19,8 @@ from jax import numpy as jnp
 from lovely_llama import Config, Params
 from lovely_llama_tools import from_llama2c, save, to_llama2c
 from lovely_llama_tools.commands import main
-from lovely_llama_tools.comparing.relations import RELATIONS
-from lovely_llama_tools.comparing.tensors import Differences, diff_models
+from lovely_llama_tools.comparing.checkpoints.relations import RELATIONS
+from lovely_llama_tools.comparing.checkpoints.tensors import Differences, diff_models
 from lovely_llama_tools.formats.model import Model
 
 # Square matrices, and rows that 32 divides.

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.model_debugging_utils import model_addition_debugger_context
 
 from lovely_llama import LlamaError
-from lovely_llama_tools.comparing import dumps
-from lovely_llama_tools.comparing.theirs import read_theirs
+from lovely_llama_tools.comparing.recordings import dumps
+from lovely_llama_tools.comparing.recordings.theirs import read_theirs
 
 IDS = np.array([3, 1, 4, 1, 5, 9, 2])
 RNG = np.random.default_rng(0)

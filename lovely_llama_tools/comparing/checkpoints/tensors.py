@@ -12,8 +12,8 @@ from jaxtyping import Array
 
 from lovely_llama import Config, RopeScaling
 
-from ..extras import counted, progress
-from ..formats.model import Model
+from ...extras import counted, progress
+from ...formats.model import Model
 from .permutations import SHOWN, permutations, permuted, row_errors
 from .relations import Place, Samples, likely, matrix, sampled, tensors_of
 from .values import ALMOST, Matrix, distance, values

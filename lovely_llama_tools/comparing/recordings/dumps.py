@@ -13,11 +13,11 @@ from jax import numpy as jnp
 
 from lovely_llama import LlamaError, check
 
-from ..extras import counted
-from ..formats import pth
-from ..formats.model import blamed_on
-from ..strict_json import read_json
-from ..tokens.base import open_file
+from ...extras import counted
+from ...formats import pth
+from ...formats.model import blamed_on
+from ...strict_json import read_json
+from ...tokens.base import open_file
 
 Arrays = dict[str, Any]
 Read = Callable[[Path, Path | None], Arrays]  # a file of arrays, in a folder

@@ -19,9 +19,9 @@ import numpy as np
 
 from lovely_llama import LlamaError, check, check_tokens, is_number, is_whole
 
-from ..extras import progress
-from ..strict_json import read_value
-from ..tokens import Tokenizer
+from ...extras import progress
+from ...strict_json import read_value
+from ...tokens import Tokenizer
 from .theirs import Recorded
 
 TIMEOUT = 300.0  # seconds without a byte

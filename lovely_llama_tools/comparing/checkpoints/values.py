@@ -9,8 +9,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Float
 
-from ..formats.model import DTYPES
-from .bugs.bug import q8_0
+from ...formats.model import DTYPES
+from ..bugs.bug import q8_0
 
 NEAR = 0.3  # the relative error up to which numbers are nearly the same: two bits a weight leave less
 COARSE = 0.03  # the most that a rounding of `ROUNDINGS` leaves

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float
 
 from lovely_llama import Attention, Config, FeedForward
 
-from ..formats.model import Model
-from .bugs.attention import is_grouped
-from .bugs.bug import halves, neighbours, other_way
-from .bugs.layers import deinterleaved, interleaved
-from .bugs.rotary import by_number_of_heads, divides
+from ...formats.model import Model
+from ..bugs.attention import is_grouped
+from ..bugs.bug import halves, neighbours, other_way
+from ..bugs.layers import deinterleaved, interleaved
+from ..bugs.rotary import by_number_of_heads, divides
 from .values import Matrix
 
 SAMPLE = 1024  # numbers of a tensor by which it is sought among ours

@@ -14,9 +14,9 @@ from jax import numpy as jnp
 
 from lovely_llama import LlamaError, check
 
-from ..formats.model import open_file, read_at
-from ..formats.safetensors import KINDS, WHOLE, scan_safetensors
-from ..tokens.base import contained
+from ...formats.model import open_file, read_at
+from ...formats.safetensors import KINDS, WHOLE, scan_safetensors
+from ...tokens.base import contained
 from .dumps import read_folder, read_torch
 
 SHOWN = "tokens, and logits or activations, in npz, safetensors, JSON lines, a file of torch.save, or a folder of such"
