@@ -83,7 +83,7 @@ def diff(
     check(
         "logits", "none", given is not None or bool(arrays), "logits, or activations by names that are known", "theirs"
     )
-    rows = None if given is None else checked_rows(given, len(ids), config)
+    rows = None if given is None else checked_rows(given, len(ids), config, log_probabilities)
     told = [x for name, x in arrays.items() if name.rpartition(".")[2] not in NOT_ROUNDED]
     kinds = map(dtype_of, told if rows is None else [*told, rows])
     kind = dtype or min(kinds, default="float32")  # the narrowest comes first
@@ -99,13 +99,15 @@ def diff(
     return verdict._replace(unknown=unknown, notes=[*notes, *verdict.notes])
 
 
-def checked_rows(given: Any, count: int, config: Config) -> Rows:
-    """Logits as they were given, a row for each token."""
+def checked_rows(given: Any, count: int, config: Config, partly: bool) -> Rows:
+    """Logits as they were given, a row for each token; of log-probabilities part of a row is enough."""
     rows = plain(given)
     rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
     fits = rows.ndim == 2 and rows.shape[1] == config.vocab and len(rows) > 0
     check("logits", f"shape {rows.shape}", fits, f"({count}, {config.vocab}), a row for each token", "theirs")
-    check("logits", "NaN or infinite in every row", bool(np.isfinite(rows).any()), "some numbers", "theirs")
+    finite = np.isfinite(rows)
+    some = finite.any() if partly else finite.all(axis=1).any()
+    check("logits", "NaN or infinite in every row", bool(some), "some numbers", "theirs")
     return rows
 
 
@@ -114,7 +116,7 @@ SIXTEEN = "A server often computes in 16 bits: --dtype bfloat16 would allow for 
 
 def not_numbers(rows: Rows) -> list[str]:
     """What is to be said of rows that hold something else than numbers."""
-    bad = np.flatnonzero(~np.isfinite(rows).any(axis=1) | np.isnan(rows).any(axis=1) & np.isfinite(rows).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     return [f"NaN or infinite in {counted(len(bad), 'row')}, from position {bad[0]} on: left out"] if len(bad) else []
 
 
@@ -261,7 +263,9 @@ def in_words(step: Mapping[str, Any]) -> str:
 def story(name: str, v: Verdict) -> list[str]:
     """What is known of a bug."""
     bug = BUGS[name]
-    lines = [f"Found: {name}", f"  the program {bug.does}", f"  cure: {bug.cure}"]
+    lines = [f"Found: {name}", f"  the program {bug.does}"]
+    lines += [f"  as if {function} had {new} for {old}" for function, old, new in bug.words if "\n" not in new]
+    lines.append(f"  cure: {bug.cure}")
     lines += [f"  seen: {bug.seen}"] * bool(bug.seen)
     alone = name == v.bugs[0] and not (v.together and len(v.bugs) > 1)
     return [*lines, f"  theirs are {v.error:.1e} from a Llama with it"] if alone else lines

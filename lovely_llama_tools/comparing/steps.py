@@ -188,6 +188,8 @@ class Steps:
             best = {name: self.explained(BUGS[name], layers) for name in tried if worth(tried[name], left)[0] == most}
             names = sorted(best, key=lambda name: worth(best[name], left), reverse=True)
             fits = {place: fit for place, fit in best[names[0]][0].items() if place in left}
+            if not fits:
+                break
             names = [name for name in names if self.alike(name, names[0], fits, best)]
             others = self.others(fits) if best[names[0]][1] else []  # a change of that step alone comes before
             found += others if all(step.says for step in others) and others else self.told(fits, names, fits)

@@ -2,7 +2,7 @@
 
     ./dev diff-matrix            print it, and every verdict that does not name the bug alone
     ./dev diff-matrix --write    put it into docs/diff.md
-    ./dev diff-matrix MODEL ...  only some models: grouped, square, small, smollm2
+    ./dev diff-matrix MODEL ...  only some models: grouped, square, small, smollm2; with --write their rows alone
 
 Each program computes logits alone: on the prompt of a probe's model in float32, else on forty ids. test_diff.py is its
 short form.
@@ -132,17 +132,27 @@ def main() -> None:
     chosen = arguments.models or MODELS
     if unknown := set(chosen) - set(MODELS):
         parser.error(f"no model {', '.join(sorted(unknown))}")
-    head = ("model", "dtype", "program", "bugs", *COLUMNS, "correct called so", "unlisted named")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = list[str]()
     with tempfile.TemporaryDirectory() as folder:
         golden(Path(folder) / "probe") if {"grouped", "square"} & {*chosen} else None
         for which in chosen:
             lines += rows_of(which, Path(folder) / "probe")
-    table = "\n".join([*lines, ""])
-    print(table)
+    print(table([], lines))
     if arguments.write:
-        before, _, after = split(PAGE.read_text(), MARKS)
-        PAGE.write_text(before + table + after)
+        before, written, after = split(PAGE.read_text(), MARKS)
+        PAGE.write_text(before + table(written.splitlines()[2:], lines) + after)
+
+
+def table(old: list[str], new: list[str]) -> str:
+    """Rows under their head; those of a model take the place of older ones."""
+
+    def model(line: str) -> str:
+        return line.split(" | ")[0].removeprefix("| ")
+
+    renewed = {*map(model, new)}
+    lines = sorted([*(line for line in old if model(line) not in renewed), *new], key=lambda x: MODELS.index(model(x)))
+    head = ("model", "dtype", "program", "bugs", *COLUMNS, "correct called so", "unlisted named")
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines, ""])
 
 
 if __name__ == "__main__":

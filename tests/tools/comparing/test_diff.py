@@ -31,7 +31,9 @@ def test_a_bug_in_transformers_is_named_from_logits_alone(name: str, probe: Path
         verdict = diff(folder, run)
     assert verdict.bugs == [name] and verdict.verdict == "bug", verdict
     assert verdict.error < 1e-4 and verdict.rounding < 1e-5 and verdict.first is not None
-    assert f"Found: {name}\n  the program {BUGS[name].does}\n  cure: {BUGS[name].cure}" in str(verdict)
+    bug, said = BUGS[name], str(verdict)
+    assert f"Found: {name}\n  the program {bug.does}\n" in said and f"\n  cure: {bug.cure}\n" in said
+    assert all(f"  as if {function} had {new} for " in said for function, _, new in bug.words if "\n" not in new)
 
 
 @pytest.mark.parametrize("name", [name for name in TORCH if name not in ("o transposed", "q transposed, Meta's rows")])
@@ -169,7 +171,9 @@ def test_the_width_of_a_window_is_found() -> None:
 def test_rows_that_are_not_numbers_are_left_out() -> None:
     rows = np.array(ll.logits(MODEL.params, IDS, SMALL))
     rows[3] = np.nan
-    assert diff(MODEL, rows).verdict == "same"
+    right = diff(MODEL, rows)
+    assert right.verdict == "same" and right.notes == ["NaN or infinite in 1 row, from position 3 on: left out"]
+    assert "note:     NaN or infinite in 1 row" in str(right)
     last = diff(MODEL, rows[-2:])  # the last of what was recorded is compared with the last of ours
     assert last.verdict == "same" and len(last.positions) == 2 and max(last.positions) < 1e-5
     for wrong, says in (
