@@ -140,6 +140,7 @@ def judge(candidates: Candidates, rows: Rows | None, arrays: Mapping[str, Any], 
     found = steps.judge()
     names = [*dict.fromkeys(name for step in found for name in step.bugs)]
     reasons = {*names, *(step.says for step in found if step.says)}
+    groups = {(*step.bugs, step.says) for step in found if step.bugs or step.says}  # each of what looks alike
     whole = bool(found) and all(step.bugs or step.says for step in found)
     kind = "same" if not found else "none" if not reasons else "bug" if len(reasons) == 1 else "several"
     if rows is None:
@@ -151,7 +152,7 @@ def judge(candidates: Candidates, rows: Rows | None, arrays: Mapping[str, Any], 
         verdict = by_logits(rows, candidates, pairs)
     if reasons and verdict.verdict != "bug":
         error = max(step.left for step in found)
-        verdict = verdict._replace(verdict=kind, bugs=names, error=error, together=True)
+        verdict = verdict._replace(verdict=kind, bugs=names, error=error, together=len(groups) > 1)
     return verdict._replace(steps=[step._asdict() for step in found], compared=len(steps.errors))
 
 

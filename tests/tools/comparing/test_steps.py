@@ -99,6 +99,13 @@ def test_two_faults_at_once_in_bfloat16(record: Any, monkeypatch: pytest.MonkeyP
     assert verdict.together and "They are there at once" in str(verdict)
 
 
+def test_what_looks_alike_in_a_step_is_not_there_at_once(record: Any) -> None:
+    """An eps below what float32 adds to these squares is none."""
+    verdict = judged(record(oracle_with(None, MODEL.params, SMALL, {"rms_norm_eps": 1e-12})[0]))
+    assert {"eps 1e-12", "eps left out"} <= {*verdict.bugs} and verdict.verdict == "several", verdict
+    assert not verdict.together and "cannot tell them apart" in str(verdict)
+
+
 def test_a_fault_in_one_layer_is_named(record: Any) -> None:
     net, _ = oracle_with(None, MODEL.params, SMALL)
     net.model.layers[1].mlp.act_fn = nn.GELU()
