@@ -1,13 +1,12 @@
 """Log-probabilities from servers in the dialects of vLLM, SGLang and llama.cpp, all of them threads of this process."""
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, main_thread
 from typing import Any, cast
 
 import jax
@@ -177,7 +176,7 @@ class Answer(BaseHTTPRequestHandler):
         self.say(302, b"", Location=f"{self.server.url}/elsewhere")
 
     def interrupted(self, body: Any, prompt: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(cast(int, main_thread().ident), signal.SIGINT)  # a process may give it to any thread
         self.server.done.wait(20)
 
     def slow(self, body: Any, prompt: Any) -> None:
