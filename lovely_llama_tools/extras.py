@@ -5,7 +5,7 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,18 @@ def extra(module: str, name: str) -> Any:
 def counted(n: int, noun: str, form: str = "") -> str:
     """A number of things: "1 step", "2 steps"; in the form ",", "1,000 steps"."""
     return f"{n:{form}} {noun}" if n == 1 else f"{n:{form}} {noun}s"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Numbers in words, runs of them, up or down, by their ends: "0-3, 7"."""
+    runs = list[list[int]]()
+    for n in numbers:
+        step = n - runs[-1][-1] if runs else 0
+        if abs(step) == 1 and (len(runs[-1]) == 1 or step == runs[-1][-1] - runs[-1][-2]):
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 from lovely_llama import check
 
 from ..comparing.checkpoints.tensors import diff_models
-from ..comparing.diff import Verdict, default_prompt, diff
+from ..comparing.diff import default_prompt, diff
 from ..comparing.recordings.server import read_server
 from ..comparing.recordings.theirs import Recorded, read_theirs
 from ..formats.files import is_model, load
@@ -59,7 +59,11 @@ def run(args: argparse.Namespace) -> int:
         ours, theirs = (load(path, "float32", allow_nonfinite=True) for path in (args.model, args.theirs))
         verdict: Any = diff_models(ours, theirs)
     else:
-        verdict = compared(args, asked(args) if server else (args.model, read_theirs(Path(args.theirs))))
+        model, found = asked(args) if server else (args.model, read_theirs(Path(args.theirs)))
+        verdict = diff(
+            model, found.logits, found.tokens, activations=found.activations, dtype=args.dtype, pairs=args.pairs,
+            log_probabilities=found.log_probabilities,
+        )  # fmt: skip
     print(to_json(nulled(verdict._asdict()), indent=2, ensure_ascii=False) if args.json else verdict)
     return int(verdict.verdict != "same")
 
@@ -69,12 +73,3 @@ def asked(args: argparse.Namespace) -> tuple[Model, Recorded]:
     model = load(args.model)
     tokens = default_prompt(model.config) if args.tokens is None else numbers(args.tokens)
     return model, read_server(args.theirs, tokens, model.tokenizer, model.config.vocab)
-
-
-def compared(args: argparse.Namespace, both: tuple[Model | str, Recorded]) -> Verdict:
-    """What was recorded, beside the model."""
-    model, found = both
-    return diff(
-        model, found.logits, found.tokens, activations=found.activations, dtype=args.dtype, pairs=args.pairs,
-        log_probabilities=found.log_probabilities,
-    )  # fmt: skip

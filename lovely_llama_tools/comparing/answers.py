@@ -18,6 +18,7 @@ from .candidates import SAME, Candidates, Distance, bos_of
 
 ANSWERS = "answers.safetensors"
 OFFSETS = np.array([*range(-272, -258), -252, -240, -200, -140, -60, -16, -13, -9, -5, -3, -2, -1], np.int32)
+FIELDS = ("tokens", "columns", "offsets", "right", "roundings", "noises")  # of the file; all others are bugs
 COLUMNS = 24  # of the vocabulary; with these positions enough to tell the bugs, and small enough to keep
 
 
@@ -28,9 +29,9 @@ class Answers(Candidates):
         super().__init__(model.params, model.config, arrays["tokens"], "float32", bos_of(model))
         self.model, self.columns, self.offsets = model, arrays["columns"], arrays["offsets"]
         self.right, self.roundings = arrays["right"].astype(np.float64), arrays["roundings"].tolist()
-        self.known = {name: array.astype(np.float64) for name, array in arrays.items() if name in {*BUGS, SAME.name}}
-        noises = zip(self.known, arrays["noises"].tolist(), strict=True)
-        self.noises = {name: Distance(*pair) for name, pair in noises}
+        bugs = [name for name in arrays if name not in FIELDS]  # of another version's catalogue, perhaps
+        self.known = {name: arrays[name].astype(np.float64) for name in bugs}
+        self.noises = {name: Distance(*pair) for name, pair in zip(bugs, arrays["noises"].tolist(), strict=True)}
 
 
 def computed(model: Model, ids: Int[np.ndarray, " seq"]) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -58,7 +59,8 @@ def opened(path: Path, tokens: Sequence[int] | Any | None) -> Model | Answers:
     for place in places:
         with open_file(place) as file:
             found = scan_safetensors(file, place, KINDS | WHOLE)
-            check("tensors", [*found][:3], {"tokens", "noises", "right"} <= found.keys(), "those of golden", place)
+            missing = [name for name in FIELDS if name not in found]
+            check("tensors", f"no {', '.join(missing)}", not missing, "those that golden writes", place)
             prompt = read_tensor(file, place, "tokens", found["tokens"])
             if (tokens is None and not whole) or np.array_equal(prompt, np.asarray(tokens)):
                 arrays = {name: read_tensor(file, place, name, found[name]) for name in found}

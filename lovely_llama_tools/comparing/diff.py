@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from lovely_llama import Config, check, check_tokens
 
-from ..extras import counted, progress
+from ..extras import counted, progress, spans
 from ..formats.model import DTYPES, Model
 from .answers import opened
 from .bugs import BUGS
@@ -19,7 +19,7 @@ from .candidates import SAME, Candidates, Rows, by_row, candidates_of, correlati
 from .dials import says, turned, window
 from .judging import NEAR, begins, judged
 from .naming import MAPS, recognised
-from .pairs import AND, pair
+from .pairs import pair
 from .properties import plain
 from .steps import Steps
 
@@ -190,7 +190,8 @@ def by_logits(rows: Rows, candidates: Candidates, pairs: float) -> Verdict:
         dial = {"name": turn.name, "theirs": value, "ours": turn.ours}
         return verdict._replace(verdict="bug", error=fit.error, dial=dial)
     if pairs and (two := pair(theirs, candidates, found, pairs)):
-        return verdict._replace(verdict="several", bugs=two.bug.name.split(AND), error=two.error, together=True)
+        names, fit = two
+        return verdict._replace(verdict="several", bugs=names, error=fit.error, together=True)
     hint = begins(theirs, found, same, candidates.roundings)
     notes = [UNRELATED] if abs(correlation(theirs, same)) < 0.1 else []
     return verdict._replace(begins=hint and {"name": hint[0], "positions": hint[1]}, notes=notes)
@@ -249,14 +250,8 @@ NEXT = "logits in float32 of the same tokens, or of a shorter prompt, or activat
 
 def in_words(step: Mapping[str, Any]) -> str:
     """A wrong step: its layers, its error, and what explains it."""
-    layers = [*step["layers"]]
-    ranges = list[str]()
-    for i in layers:
-        if i - 1 not in layers:
-            ranges.append(f"{i}")
-        elif i + 1 not in layers:
-            ranges[-1] += f"-{i}"
-    where = f" of layer{'s' * (len(layers) > 1)} {', '.join(ranges)}" if layers else ""
+    layers = step["layers"]
+    where = f" of layer{'s' * (len(layers) > 1)} {spans(layers)}" if layers else ""
     why = " or ".join(step["bugs"]) or step["says"] or "not explained"
     return f"{step['step']}{where}: {step['error']:.1e} off: {why}"
 

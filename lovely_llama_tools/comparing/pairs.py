@@ -11,10 +11,8 @@ from .bugs import BUGS, both
 from .candidates import SAME, Candidates, Rows, distance
 from .judging import Fit, measured
 
-AND = " and at once "
 
-
-def pair(theirs: Rows, candidates: Candidates, found: dict[str, Rows], seconds: float) -> Fit | None:
+def pair(theirs: Rows, candidates: Candidates, found: dict[str, Rows], seconds: float) -> tuple[list[str], Fit] | None:
     """Two bugs that explain theirs together, sought for some seconds."""
     same, end = candidates.of(SAME), time.monotonic() + seconds
     rounding = candidates.noise(SAME).whole
@@ -24,14 +22,14 @@ def pair(theirs: Rows, candidates: Candidates, found: dict[str, Rows], seconds: 
             if time.monotonic() > end:
                 return None
             tell(1)
-            if (bug := both(BUGS[a], BUGS[b], AND)) is None:
+            if (bug := both(BUGS[a], BUGS[b])) is None:
                 continue
             rows = candidates.read(candidates.llama(bug))
             if distance(theirs, rows).whole > 0.1 * distance(rows, same).whole:
                 continue
             fit = measured(theirs, bug, rows, same, candidates.noise(bug), rounding)
             if fit.near and fit.whole:
-                return fit
+                return [a, b], fit
     return None
 
 

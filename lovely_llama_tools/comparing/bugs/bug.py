@@ -68,7 +68,7 @@ def with_bug(bug: Bug, params: Params, tokens: Tokens, config: Config, bos: int 
     return Llama(functions_with(bug.words), changed, unchecked(config, sizes), ids)
 
 
-def both(a: Bug, b: Bug, between: str) -> Bug | None:
+def both(a: Bug, b: Bug) -> Bug | None:
     """Two bugs in one Llama, the second after the first; None where they change the same words."""
 
     def config(c: Config) -> Mapping[str, Any]:
@@ -87,7 +87,7 @@ def both(a: Bug, b: Bug, between: str) -> Bug | None:
         rewritten(words)
     except ValueError:
         return None
-    return Bug(f"{a.name}{between}{b.name}", "", "", words=words, config=config, params=params, tokens=tokens)
+    return Bug(f"{a.name}, {b.name}", "", "", words=words, config=config, params=params, tokens=tokens)
 
 
 @lru_cache(256)

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from lovely_llama import Config, RopeScaling
 
-from ...extras import counted, progress
+from ...extras import counted, progress, spans
 from ...formats.model import Model
 from .permutations import SHOWN, permutations, permuted, row_errors
 from .relations import Place, Samples, likely, matrix, sampled, tensors_of
@@ -239,16 +239,8 @@ def path(field: str) -> str:
 
 
 def layers_(numbers: Sequence[int | None]) -> str:
-    """Layers in words, runs of them by their ends."""
-    runs = list[list[int]]()
-    for n in (n for n in numbers if n is not None):
-        step = n - runs[-1][-1] if runs else 0
-        if abs(step) == 1 and (len(runs[-1]) == 1 or step == runs[-1][-1] - runs[-1][-2]):
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    said = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"layer{'s' * (len(numbers) > 1)} {said}"
+    """Layers in words."""
+    return f"layer{'s' * (len(numbers) > 1)} {spans([n for n in numbers if n is not None])}"
 
 
 def told(differences: Differences) -> str:

@@ -109,6 +109,13 @@ def test_nothing_is_named_wrongly_in_bfloat16(probe: Path) -> None:
         assert verdict.verdict in ("bug", "several") and name in verdict.bugs, verdict
 
 
+def test_a_bug_that_brings_ours_no_nearer_is_not_named() -> None:
+    """Rounded to bfloat16 before float16, weights are others than the other way round; the cache is not to blame."""
+    with in_transformers(MODEL, "weights rounded to bfloat16", torch.float16) as run:
+        verdict = diff(MODEL, run)
+    assert verdict.verdict == "none" and verdict.dtype == "float16", verdict
+
+
 def test_positions_that_bfloat16_does_not_count(probe: Path) -> None:
     """With more tokens than it counts, two bugs are told apart that look alike before."""
     model, ids = load(probe / "square" / "model"), json.loads((probe / "manifest.json").read_text())
