@@ -264,7 +264,10 @@ def write_gguf(
 def blocks(array: "np.ndarray[Any, Any]", kind: gguf.GGMLQuantizationType) -> "np.ndarray[Any, Any]":
     """An array quantised by the gguf package, or random blocks of a type that it only reads."""
     block, width = gguf.GGML_QUANT_SIZES[kind]
-    scales = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind.name)
+    scales = {
+        "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
+        "IQ4_XS": (0,), "IQ3_S": (0,),
+    }.get(kind.name)  # fmt: skip
     if not scales:
         return gguf.quants.quantize(array, kind)
     rng = np.random.default_rng(array.size)

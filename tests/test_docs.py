@@ -256,7 +256,8 @@ def test_a_sampler_is_added_as_described(tmp_path: Path) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.split()) <= 900
+    """Of words; bars of tables and other marks are none."""
+    assert len([word for word in README.split() if re.search(r"\w", word)]) <= 900
 
 
 def test_the_fault_counts_are_correct() -> None:

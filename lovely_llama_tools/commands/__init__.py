@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from lovely_llama import LlamaError, __version__
 
 from ..interrupts import tell_error
+from ..tokens.base import note
 from . import chat, convert, diff, evaluate, golden, inspect, launch, lm_eval, plan, plot, tokenize, trace, train
 from .options import Arguments, Formatter, add_subcommands, describe, prints_help
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 2 for bad input, 1 for a fault while running (3 where 1 is a command's
     result), each with one line on stderr."""
     argv, args = sys.argv[1:] if argv is None else argv, None
+    note.cache_clear()  # what a command tells, it tells once
     try:
         args = arguments().parse_args(argv)
         return args.run(args) or 0

@@ -25,7 +25,7 @@ from ..inference.generate import Generation, Session, generate
 from ..interrupts import ending
 from ..strict_json import to_json
 from ..tokens import check_text
-from .options import MESH, MODEL, READING, add_command, chosen_mesh, ids, number, whole
+from .options import MESH, MODEL, READ, READING, add_command, chosen_mesh, ids, number, reading, whole
 
 SAYS = {
     "repetition_penalty": "divide the logits of tokens seen before by X",
@@ -38,6 +38,7 @@ HELP = "/bye or Ctrl-D ends the conversation, Ctrl-C an answer, /help shows this
 PROMPT = "the text; piped input is appended, and - stands for piped input alone"
 MODELS = {
     "--model": dict(metavar="MODEL", help=f"{MODEL} (default: SmolLM2)"),
+    **READ,
     "--dtype": dict(choices=[*DTYPES], help="precision of the parameters (default: float32 on a CPU, else as stored)"),
     "--mesh": dict(metavar="AXIS=N,…", help=MESH),
 }
@@ -179,7 +180,7 @@ def talk(args: argparse.Namespace) -> None:
         args.prompt = "\n".join(filter(None, texts))
     lines = read_prompts(args.prompts) if args.command == "generate" and args.prompts is not None else None
     mesh, path = chosen_mesh(args.mesh), args.model or default_model()
-    model = load(path, args.dtype, mesh)
+    model = load(path, args.dtype, mesh, **reading(args))
     sampling = (model.sampling or Sampling())._replace(**chosen)
     more = partial(generate, model, max_new=args.max_new, sampling=sampling, seed=seed, stop=args.stop or ())
     if lines is not None:

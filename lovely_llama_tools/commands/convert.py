@@ -10,13 +10,14 @@ from lovely_llama import check
 from ..formats.files import WRITERS, checkpoint, format_of, save
 from ..formats.model import DTYPES
 from ..formats.verifying import verified
-from .options import MODEL, READING, add_command
+from .options import MODEL, READ, READING, add_command, reading
 
 STORED = [*dict.fromkeys(dtype for writer in WRITERS.values() for dtype in writer.dtypes)]
 OPTIONS = {
     "checkpoints": {
         "source": dict(metavar="SRC", help=MODEL),
         "target": dict(metavar="DST", help="the new file or folder"),
+        **READ,
     },
     "format": {
         "--to": dict(choices=[*WRITERS], help="format of DST (default: by its suffix .gguf or .bin, else hf)"),
@@ -47,7 +48,7 @@ def add(commands: Any) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Load in a dtype that represents every tensor exactly, and save."""
-    with checkpoint(args.source) as found:
+    with checkpoint(args.source, **reading(args)) as found:
         to = args.to or format_of(Path(args.target))
         check_apart(found.file, args.target, to)
         same = len({tensor.dtype for tensor in found.tensors.values()}) == 1

@@ -16,11 +16,12 @@ from ..comparing.recordings.theirs import Recorded, read_theirs
 from ..formats.files import is_model, load
 from ..formats.model import Model
 from ..strict_json import nulled, to_json
-from .options import MODEL, READING, add_command, numbers
+from .options import MODEL, READ, READING, add_command, numbers, reading
 
 OPTIONS = {
     "model": {"model": dict(metavar="MODEL", help=f"{MODEL}; or a folder made by golden, of which the answers of all "
-                            "bugs are known beforehand")},
+                            "bugs are known beforehand"),
+              **READ},
     "theirs": {
         "theirs": dict(metavar="THEIRS", help="what another program computed from that model: a file or a folder of "
                        "tokens with logits, activations or both; or a server, such as http://localhost:8000/v1; or "
@@ -56,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
     check("tokens", args.tokens, server or args.tokens is None, "none: a recording has its own")
     check("pairs", args.pairs, 0 <= args.pairs < np.inf, "seconds")
     if not server and is_model(Path(args.theirs)):
-        ours, theirs = (load(path, "float32", allow_nonfinite=True) for path in (args.model, args.theirs))
+        ours = load(args.model, "float32", allow_nonfinite=True, **reading(args))
+        theirs = load(args.theirs, "float32", allow_nonfinite=True, allow=args.allow)
         verdict: Any = diff_models(ours, theirs)
     else:
-        model, found = asked(args) if server else (args.model, read_theirs(Path(args.theirs)))
+        model, found = asked(args) if server else (model_of(args), read_theirs(Path(args.theirs)))
         verdict = diff(
             model, found.logits, found.tokens, activations=found.activations, dtype=args.dtype, pairs=args.pairs,
             log_probabilities=found.log_probabilities,
@@ -68,8 +70,14 @@ def run(args: argparse.Namespace) -> int:
     return int(verdict.verdict != "same")
 
 
+def model_of(args: argparse.Namespace) -> Model | str:
+    """The model, or where it is: beside one that `golden` made are the answers."""
+    how = reading(args)
+    return load(args.model, **how) if any(how.values()) else args.model
+
+
 def asked(args: argparse.Namespace) -> tuple[Model, Recorded]:
     """The model, and what a server says of the same tokens."""
-    model = load(args.model)
+    model = load(args.model, **reading(args))
     tokens = default_prompt(model.config) if args.tokens is None else numbers(args.tokens)
     return model, read_server(args.theirs, tokens, model.tokenizer, model.config.vocab)

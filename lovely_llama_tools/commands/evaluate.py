@@ -14,11 +14,12 @@ from ..formats.files import load
 from ..inference.harness import metrics, run_tasks, tables
 from ..inference.scoring import Score, perplexity
 from ..strict_json import nulled, to_json
-from .options import MESH, MODEL, READING, add_command, chosen_mesh, ids, number, whole
+from .options import MESH, MODEL, READ, READING, add_command, chosen_mesh, ids, number, reading, whole
 
 OPTIONS = {
     "model": {
         "model": dict(metavar="MODEL", help=MODEL),
+        **READ,
         "--mesh": dict(metavar="AXIS=N,…", help=MESH),
     },
     "perplexity": {
@@ -85,7 +86,7 @@ def on_tasks(args: argparse.Namespace) -> Any:
     check("limit", limit, good, "a whole number from 1, or a part below 1", "arguments")
     check("num_fewshot", shots, shots is None or shots >= 0, "a whole number from 0", "arguments")
     check("batch_size", size, size > 0, "a whole number from 1", "arguments")
-    model, tasks = load(args.model, mesh=chosen_mesh(args.mesh)), args.tasks.split(",")
+    model, tasks = load(args.model, mesh=chosen_mesh(args.mesh), **reading(args)), args.tasks.split(",")
     how = {"limit": limit, "num_fewshot": shots, "apply_chat_template": args.apply_chat_template}
     return run_tasks(model, tasks, args.include_path, size, **how)
 
@@ -96,7 +97,7 @@ def on_texts(args: argparse.Namespace) -> dict[str, Any]:
     texts = [(path, "" if rows[path] else read_text(path)) for path in args.texts]
     for path, text in texts:
         check("text", "nothing", rows[path] or bool(text.strip()), "a text", path)
-    model, start = load(args.model, mesh=chosen_mesh(args.mesh)), time.perf_counter()
+    model, start = load(args.model, mesh=chosen_mesh(args.mesh), **reading(args)), time.perf_counter()
     found = list[Score]()
     for path, text in texts:
         try:

@@ -10,10 +10,10 @@ from lovely_llama import CONFIGS
 from ..formats.files import checkpoint
 from ..formats.report import checkpoint_report, config_report
 from ..strict_json import nulled, to_json
-from .options import MODEL, READING, add_command, columns
+from .options import MODEL, READ, READING, add_command, columns, reading
 
 OPTIONS = {
-    "model": {"model": dict(metavar="MODEL", help=f"{MODEL}; or a published config such as llama-2-7b")},
+    "model": {"model": dict(metavar="MODEL", help=f"{MODEL}; or a published config such as llama-2-7b"), **READ},
     "output": {"--json": dict(action="store_true", help="print JSON")},
 }
 ABOUT = """Show the config of a checkpoint, how each of its fields is interpreted, its tokenizer, and its tensors beside
@@ -36,7 +36,7 @@ def inspect(args: argparse.Namespace) -> None:
     if args.model in CONFIGS and not Path(args.model).exists():
         report = config_report(CONFIGS[args.model])
     else:
-        with checkpoint(args.model) as found:
+        with checkpoint(args.model, **reading(args)) as found:
             report = checkpoint_report(found)
     sys.stdout.write(to_json(nulled(report), indent=2, ensure_ascii=False) + "\n" if args.json else show(report))
 

@@ -27,6 +27,12 @@ GENERAL: dict[str, dict[str, Any]] = {
     "-h --help": dict(action="help", help="show this help"),
     "--debug": dict(action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"),
 }
+# How a model is read, by every command that reads one.
+READ: dict[str, dict[str, Any]] = {
+    "--base": dict(metavar="BASE", help="of an adapter in PEFT's format, its base (default: the one that it names)"),
+    "--allow": dict(metavar="FIELD", action="append", default=[],
+                    help="read on although the model's config has this field, which is unknown; may be repeated"),
+}  # fmt: skip
 ORBAX = "--checkpoints orbax, the default for several devices"
 # What each extra adds to a command that reads models.
 READING = {
@@ -65,6 +71,11 @@ def whole(text: str) -> int:
     if not WHOLE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `load` that `READ` has set."""
+    return {"base": args.base, "allow": args.allow}
 
 
 def chosen_mesh(text: str | None) -> Mesh | None:

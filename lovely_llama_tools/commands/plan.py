@@ -18,7 +18,7 @@ from ..planning.chips import CHIPS, Slice, parse_chips
 from ..planning.estimates import Task
 from ..planning.plans import COMPILER, SHEET, Estimate, capacity, order, planned, ranked
 from ..strict_json import to_json
-from .options import MODEL, READING, add_command, columns, whole
+from .options import MODEL, READ, READING, add_command, columns, reading, whole
 
 FEW = 4  # meshes that a sweep compiles
 SHOWN = 12  # meshes that a sweep shows of its ranking by formula
@@ -36,7 +36,8 @@ def chips() -> list[str]:
 
 
 OPTIONS = {
-    "model": {"model": dict(metavar="MODEL", help=f"a published config such as llama-3.1-8b; or {MODEL}")},
+    "model": {"model": dict(metavar="MODEL", help=f"a published config such as llama-3.1-8b; or {MODEL}"),
+              **READ},
     "step": {
         "--batch": dict(type=whole, required=True, metavar="N", help="sequences per step, over all chips"),
         "--seq": dict(type=whole, required=True, metavar="N", help="tokens per sequence, or in each cache"),
@@ -70,7 +71,7 @@ def add(commands: Any) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Print a plan, or the plans of a sweep."""
-    part, config = parse_chips(args.chips), config_of(args.model)
+    part, config = parse_chips(args.chips), config_of(args)
     task = Task(config, args.batch, args.seq, args.decode, args.dtype, args.remat)
     check("batch", task.batch, task.batch >= 1, "a whole number above 0")
     check("seq", task.seq, 1 <= task.seq <= config.ctx, f"1 to {config.ctx}, the model's context")
@@ -90,11 +91,11 @@ def plan(args: argparse.Namespace) -> None:
     sys.stdout.write(to_json(found, indent=2) + "\n" if args.json else ranking(found, part))
 
 
-def config_of(name: str) -> Config:
+def config_of(args: argparse.Namespace) -> Config:
     """A published config, or that of a checkpoint, without reading tensors."""
-    if name in CONFIGS and not Path(name).exists():
-        return CONFIGS[name]
-    with checkpoint(name) as found:
+    if args.model in CONFIGS and not Path(args.model).exists():
+        return CONFIGS[args.model]
+    with checkpoint(args.model, **reading(args)) as found:
         return found.config
 
 

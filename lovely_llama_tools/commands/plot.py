@@ -17,13 +17,13 @@ from ..pictures.losses import draw_losses
 from ..pictures.rotary import draw_rope
 from ..pictures.style import check_picture, write_figure
 from ..pictures.weights import draw_spectra, spectra
-from .options import MODEL, READING, add_command, add_subcommands, ids
+from .options import MODEL, READ, READING, add_command, add_subcommands, ids, reading
 
 PUBLISHED = "llama-3.1-8b"
 
 
 LAYERS = {"--layers": dict(metavar="N,…", help="draw these layers only, counted from 0 (default: all)")}
-WEIGHTS = {"model": dict(metavar="MODEL", help=MODEL)}
+WEIGHTS = {"model": dict(metavar="MODEL", help=MODEL), **READ}
 OUTPUT = {
     "--out": dict(metavar="FILE", required=True, help="the new picture: .png, .svg or .pdf"),
     "--force": dict(action="store_true", help="replace FILE if it exists"),
@@ -66,7 +66,7 @@ def add(commands: Any) -> None:
         ("attention", "draw which tokens of a text each head attends to", attention,
          {"model": {**WEIGHTS, **LAYERS}, "text": {"text": text}}, drawn | READING),
         ("rope", "draw the wavelengths of rotary pairs, and the decay of q·k with distance", rotations,
-         {"model": {"model": config}}, drawn | READING),
+         {"model": {"model": config, **READ}}, drawn | READING),
         ("spectra", "draw the singular values of a model's matrices", weights,
          {"model": {**WEIGHTS, **LAYERS}}, drawn | READING),
     ):  # fmt: skip
@@ -83,7 +83,7 @@ def losses(args: argparse.Namespace) -> None:
 def attention(args: argparse.Namespace) -> None:
     """Draw the attention maps of a model on a text."""
     check_picture(args.out, args.force)
-    model = load(args.model)
+    model = load(args.model, **reading(args))
     chosen, config = choose_layers(args.layers, model.config.layers), model.config
     limit = min(LONGEST, config.ctx)
     if model.tokenizer is None:
@@ -106,7 +106,7 @@ def rotations(args: argparse.Namespace) -> None:
     check_picture(args.out, args.force)
     config = CONFIGS.get(args.model)
     if config is None or Path(args.model).exists():
-        with checkpoint(args.model) as found:
+        with checkpoint(args.model, **reading(args)) as found:
             config = found.config
     write_figure(draw_rope(config, Path(args.model).resolve().name), args.out)
     print(args.out)
@@ -115,7 +115,7 @@ def rotations(args: argparse.Namespace) -> None:
 def weights(args: argparse.Namespace) -> None:
     """Draw the spectra of a model's weights."""
     check_picture(args.out, args.force)
-    model = load(args.model)
+    model = load(args.model, **reading(args))
     found = spectra(model.params, choose_layers(args.layers, model.config.layers))
     name = f"Singular values of the matrices of {Path(args.model).resolve().name}"
     write_figure(draw_spectra(*found, model.config, name), args.out)

@@ -16,7 +16,7 @@ from ..formats.files import default_model, load_tokenizer, publish
 from ..tokens import Tokenizer, check_text, encode_parts, tokenizer_bin, tokenizer_files
 from ..tokens.folders import CONFIG, SOURCES
 from ..tokens.training import train_bpe, train_characters, train_sentencepiece
-from .options import add_command, add_subcommands, whole
+from .options import READ, add_command, add_subcommands, reading, whole
 
 TRAIN = {
     "data": {"corpus": dict(metavar="CORPUS", nargs="+", help="text files, JSON lines (.jsonl), or folders of both")},
@@ -34,6 +34,7 @@ SHOW = {
     "text": {"text": dict(metavar="TEXT", help="the text to tokenize")},
     "tokenizer": {
         "--model": dict(metavar="PATH", help="a model, or a folder with a tokenizer (default: SmolLM2)"),
+        **READ,
         "--special": dict(action="store_true", help="read names of special tokens in TEXT as those tokens"),
     },
 }
@@ -101,7 +102,7 @@ def train(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """Print a line for each token."""
     check_text("text", args.text)
-    tokenizer = load_tokenizer(args.model or default_model())
+    tokenizer = load_tokenizer(args.model or default_model(), **reading(args))
     bos = tokenizer.begin("")[:1] if tokenizer.adds_bos or not args.text else []
     names = {i: name for name, i in tokenizer.specials.items()}
     for i in chain(bos, *encode_parts(tokenizer, args.text, args.special)):

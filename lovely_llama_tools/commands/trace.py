@@ -14,10 +14,10 @@ from ..formats.files import load
 from ..formats.publishing import check_new, write_whole
 from ..formats.safetensors import write_arrays
 from ..inference.generate import encode_prompt
-from .options import MODEL, READING, add_command, numbers
+from .options import MODEL, READ, READING, add_command, numbers, reading
 
 OPTIONS = {
-    "model": {"model": dict(metavar="MODEL", help=MODEL)},
+    "model": {"model": dict(metavar="MODEL", help=MODEL), **READ},
     "tokens": {
         "--tokens": dict(metavar="IDS", help="token ids, such as '1 15043 29892'"),
         "--text": dict(metavar="TEXT", help="a text in their place, with BOS where the model adds it"),
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     given = [text for text in (args.tokens, args.text) if text is not None]
     check("tokens", "both --tokens and --text" if given else "none", len(given) == 1, "--tokens or --text")
     check_new(Path(args.out), args.force)
-    model = load(args.model)
+    model = load(args.model, **reading(args))
     if args.text is None:
         tokens = numbers(args.tokens)
     elif model.tokenizer:

@@ -13,6 +13,7 @@ from .bugs.around import EMBEDDING
 from .bugs.attention import VISIBLE, scaled
 from .bugs.bug import attention, feed_forward, fixed
 from .bugs.rotary import POSITION, angles
+from .bugs.rotary import scaling as scaled_by
 from .candidates import SAME, Candidates, Rows, distance
 from .judging import Fit, measured
 from .variants import Words
@@ -63,7 +64,16 @@ def dials(candidates: Candidates) -> list[Dial]:
     def params(name: str, change: Callable[[Params, Config], Params]) -> Bug:
         return Bug(name, "", "", params=change)
 
+    scaling = config.rope_scaling
+    own = list[Dial]()
+    if scaling:
+        own.append(dial("the scaling's factor", float(scaling.factor), 16.0,
+                        lambda name, x: Bug(name, "", "", config=scaled_by(factor=x))))  # fmt: skip
+    if scaling and scaling.kind != "linear":
+        own.append(dial("original_max_position_embeddings", float(scaling.original_ctx), 1e3,
+                        lambda name, x: Bug(name, "", "", config=scaled_by(original_ctx=round(x)))))  # fmt: skip
     return [
+        *own,
         dial("theta", float(config.theta), 1e3, lambda name, x: Bug(name, "", "", config=fixed(theta=x))),
         dial("eps", float(config.eps), 1e4, lambda name, x: Bug(name, "", "", config=fixed(eps=x))),
         dial("positions", 1.0, 16.0, lambda name, x: words(name, angles(f"f * ({POSITION} * {x!r})"))),

@@ -180,8 +180,12 @@ def by_logits(rows: Rows, candidates: Candidates, pairs: float) -> Verdict:
     hidden = [name for name in found if name not in own_values | shown]
     fits, beside = judged(theirs, candidates, found, len(rows))
     verdict = verdict._replace(hidden=hidden, next={"name": beside.bug.name, "error": beside.error})
+    explained = None
     if names := [fit.bug.name for fit in fits]:
-        return verdict._replace(verdict="bug" if len(names) == 1 else "several", bugs=names, error=fits[0].error)
+        kind = "bug" if len(names) == 1 else "several"
+        explained = verdict._replace(verdict=kind, bugs=names, error=fits[0].error)
+        if fits[0].near:
+            return explained
     if first and (fit := window(theirs, candidates, first, own)):
         dial = {"name": "sliding window", "theirs": first, "ours": config.ctx}
         return verdict._replace(verdict="bug", error=fit.error, dial=dial)
@@ -189,6 +193,8 @@ def by_logits(rows: Rows, candidates: Candidates, pairs: float) -> Verdict:
         turn, value, fit = found_dial
         dial = {"name": turn.name, "theirs": value, "ours": turn.ours}
         return verdict._replace(verdict="bug", error=fit.error, dial=dial)
+    if explained:  # all but a little, and no number explains it better
+        return explained
     if pairs and (two := pair(theirs, candidates, found, pairs)):
         names, fit = two
         return verdict._replace(verdict="several", bugs=names, error=fit.error, together=True)

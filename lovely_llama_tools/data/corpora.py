@@ -62,7 +62,7 @@ def check_no_table(path: Path) -> None:
     """Refuse a table, whose columns might be anything."""
     suffix = path.suffix.lower()
     if suffix not in (*TABLES, *TEXTS, *TOKENS):
-        with open_file(path) as file:
+        with open_file(path, text=True) as file:
             suffix = ".parquet" if file.read(len(PARQUET)) == PARQUET else suffix
     how = f'JSON lines: pandas.{TABLES.get(suffix)}({path.name!r}).to_json("rows.jsonl", orient="records", lines=True)'
     check("path", f"a table ({suffix})", suffix not in TABLES, how, path)

@@ -15,7 +15,7 @@ from ..tokens.parts import BLOCK
 
 def read_with(path: Path, read: Callable[[BinaryIO], bytes]) -> Iterator[bytes]:
     """The bytes of a file, as many at a time as `read` takes."""
-    with open_file(path) as file:
+    with open_file(path, text=True) as file:
         try:
             while data := read(file):
                 yield data

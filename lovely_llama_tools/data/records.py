@@ -49,7 +49,7 @@ def is_records(path: Path) -> bool:
     """Whether a file holds rows of JSON. Its contents say so, under whatever name; a name that says so is believed."""
     if path.suffix.lower() in JSON:
         return True
-    with open_file(path) as file:
+    with open_file(path, text=True) as file:
         head = file.read(HEAD)
     return begins_row(head)
 
@@ -68,7 +68,7 @@ def begins_row(head: bytes) -> bool:
 
 def is_array(path: Path) -> bool:
     """Whether a file is one array, rather than a value on every line: a list on a line may be one of messages."""
-    with open_file(path) as file:
+    with open_file(path, text=True) as file:
         text = file.read(HEAD).removeprefix(MARK).decode(errors="replace").lstrip()
     return text.startswith("[") and re.match(r'\[\s*\{\s*"(role|from)"', text) is None
 

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,10 @@ from lovely_llama import LlamaError, check
 
 from ..tokens import Tokenizer, folder_tokenizer, without_key
 from ..tokens.base import check_inside
+from .adapters import base_of, is_adapter, open_adapter
 from .gguf import open_gguf, save_gguf
 from .hub import fetch, is_name
-from .hugging_face import INDEX, WEIGHTS, open_folder, save_folder
-from .hugging_face_config import read_fields
+from .hugging_face import open_folder, save_folder
 from .llama2c import is_llama2c, open_llama2c, save_llama2c, unknown_to_llama2c
 from .meta import open_meta
 from .model import Checkpoint, Model, blamed_on, open_file
@@ -34,46 +34,64 @@ from .saving import companions, copy_tokenizer, tokenizer_errors, without
 FOREIGN = {
     b"GGUF"[::-1]: "a big-endian GGUF",
     b"PK\3\4": "a zip file, such as torch writes",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
-    b"<!": "HTML",
-    b"<html": "HTML",
 }
 
 
 # What reads a folder, by a file in it.
 FOLDERS = {ORBAX: open_orbax, "config.json": open_folder, "params.json": open_meta}
-ADAPTER = "adapter_config.json"
-WHOLE = (ORBAX, "params.json", WEIGHTS, INDEX)  # one of these is beside the config of a whole model
 RUN, BEST = "run.json", "best"  # a training run, and its best checkpoint, are in one folder
 
 
 @contextmanager
-def checkpoint(path: str | Path) -> Generator[Checkpoint]:
+def checkpoint(
+    path: str | Path, *, base: str | Path | None = None, allow: Collection[str] = ()
+) -> Generator[Checkpoint]:  # fmt: skip
     """Open a checkpoint, check what it declares, and read none of its tensors yet."""
-    check("path", "a URL", not re.match(r"\w+:/", str(path)), "a file: download it first", path)
-    path = fetch(str(path)) if is_name(str(path)) else best_of(Path(path))
     with ExitStack() as files:
-        yield opener(path)(path, files)
+        yield opened(path, files, base, allow)
+
+
+def opened(path: str | Path, files: ExitStack, base: str | Path | None, allow: Collection[str]) -> Checkpoint:
+    """A checkpoint; of an adapter, with the base that it names unless another is given."""
+    place = found_at(path)
+    if not is_adapter(place):
+        check("base", f"{base}", base is None, "none: MODEL is no adapter", path)
+        return opener(place)(place, files, allow)
+    named = base or base_of(place)
+    there = named and (is_name(str(named)) or os.path.lexists(named))
+    got = f"an adapter, whose base {named!s:.200} is not there" if named else "an adapter that names no base"
+    check("path", got, bool(there), "the model that it is for: --base MODEL", path)
+    assert named is not None
+    return open_adapter(place, opened(named, files, None, allow), files, allow)
+
+
+def found_at(path: str | Path) -> Path:
+    """A model on the disk, of a run the best one; one that is named on the hub is downloaded."""
+    check("path", "a URL", not re.match(r"\w+:/", str(path)), "a file: download it first", path)
+    return fetch(str(path)) if is_name(str(path)) else best_of(Path(path))
 
 
 def load(
-    path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, *, allow_nonfinite: bool = False
-) -> Model:
+    path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, *, allow_nonfinite: bool = False,
+    base: str | Path | None = None, allow: Collection[str] = (),
+) -> Model:  # fmt: skip
     """Read a checkpoint: a file, a folder, or a name on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M.
 
     The parameters are float32 on a CPU, and elsewhere have the checkpoint's own dtype, unless `dtype` says otherwise:
     "float32", "float16" or "bfloat16". On a mesh of devices they are split as `specs` says. A model with NaN or ∞ in it
-    is refused by the tensor's name; `allow_nonfinite` reads it all the same.
+    is refused by the tensor's name; `allow_nonfinite` reads it all the same. Of an adapter in PEFT's format, `base` is
+    the model to merge it with, unless it is the one that the adapter names. `allow`: fields of a config that are not
+    known here, and are to be read over.
     """
-    with checkpoint(path) as found:
+    with checkpoint(path, base=base, allow=allow) as found:
         return found.load(dtype, mesh, allow_nonfinite)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, base: str | Path | None = None, allow: Collection[str] = ()) -> Tokenizer:
     """The tokenizer of a checkpoint, or of a folder, in which there need not be a model."""
     tokenizer = folder_tokenizer(path) if Path(path).is_dir() else None
     if tokenizer is None:
-        with checkpoint(path) as found:
+        with checkpoint(path, base=base, allow=allow) as found:
             tokenizer = found.tokenizer
     if tokenizer is None:
         raise LlamaError(path, "tokenizer", "none", "a model with one, or a folder with one")
@@ -93,15 +111,11 @@ def best_of(path: Path) -> Path:
     return path
 
 
-def opener(path: Path) -> Callable[[Path, ExitStack], Checkpoint]:
+def opener(path: Path) -> Callable[[Path, ExitStack, Collection[str]], Checkpoint]:
     """What reads the format that the files in a folder, or the first bytes of a file, show."""
     try:
         if path.is_dir():
             found = [name for name in FOLDERS if (path / name).exists()]
-            if (path / ADAPTER).exists() and not any((path / name).exists() for name in WHOLE):
-                base = read_fields(path / ADAPTER).get("base_model_name_or_path")
-                got, how = f"peft's adapter of {base!r:.200}", "what merge_and_unload() makes of both, a whole model"
-                raise LlamaError(path, "path", got, how)
             check("path", "a folder without a model", bool(found), f"one with {' or '.join(FOLDERS)}", path)
             return FOLDERS[found[0]]
     except OSError as error:
@@ -184,7 +198,7 @@ def save(
     path = Path(path)
     check("path", "a NUL character", "\0" not in str(path), "a name without", path)
     try:
-        check_target(path, force, opened)
+        check_target(path, force, check_opens)
         to = to or format_of(path)
         check("to", to, to in WRITERS, ", ".join(WRITERS))
         writer, own = WRITERS[to], str(model.params.embed.dtype)
@@ -201,7 +215,7 @@ def save(
             if model.tokenizer:
                 copy_tokenizer(part, path.parent)
             with blamed_on(path), ExitStack() as files:
-                check_saved(model, opener(part / path.name)(part / path.name, files), left_out, dropped)
+                check_saved(model, opener(part / path.name)(part / path.name, files, ()), left_out, dropped)
             publish_all([*made, part / path.name], path.parent, part / ".kept")
         finally:
             shutil.rmtree(part)
@@ -212,10 +226,10 @@ def save(
         print(f"note: {path}: no place in this format for {', '.join(said)}", file=sys.stderr)
 
 
-def opened(path: Path) -> None:
+def check_opens(path: Path) -> None:
     """Check that a path can be opened as a checkpoint."""
     with ExitStack() as files:
-        opener(path)(path, files)
+        opener(path)(path, files, ())
 
 
 def is_owner(path: Path) -> bool:

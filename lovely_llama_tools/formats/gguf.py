@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: configs from its fields, tensors dequantised by the `gguf` package; and writing it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,21 @@ NEUTRAL = {
     "llama.expert_used_count": (0,),
     "llama.attention.causal": (True,),
     "llama.rope.scale_linear": (1.0,),
+    "llama.rope.scaling.yarn_beta_fast": (32.0,),
+    "llama.rope.scaling.yarn_beta_slow": (1.0,),
+    "llama.rope.scaling.yarn_ext_factor": (1.0,),
+    "llama.rope.scaling.yarn_attn_factor": (1.0,),
+    "llama.use_parallel_residual": (False,),
+    "llama.attention.clamp_kqv": (0.0,),
+    "llama.attention.max_alibi_bias": (0.0,),
+    "llama.attn_logit_softcapping": (0.0,),
+    "llama.final_logit_softcapping": (0.0,),
+    "llama.embedding_scale": (1.0,),
+    "llama.residual_scale": (1.0,),
+    "llama.logit_scale": (1.0,),
+    "llama.pooling_type": (0,),
+    "llama.expert_shared_count": (0,),
+    "llama.leading_dense_block_count": (0,),
     "llama.rope.scaling.finetuned": (),
     "llama.tensor_data_layout": ("Meta AI original pth",),
 }
@@ -62,7 +77,7 @@ class Fields:
         """The values of those keys that are there, without their prefix."""
         return {name: self.get(prefix + name, kind) for name, kind in names.items() if prefix + name in self.found}
 
-    def all(self) -> dict[str, tuple[Any, str]]:
+    def all(self, allow: Collection[str] = ()) -> dict[str, tuple[Any, str]]:
         """All fields with their status. An unknown one of the architecture is refused: it may change the maths."""
         neutral = {
             name
@@ -72,8 +87,9 @@ class Fields:
         used, fields = ("tokenizer.", "split.", "general.alignment"), dict(self.asked)
         for name in [name for name in self.found if name not in fields]:
             fields[name] = self.found[name], "honoured" if name.startswith(used) else "ignored"
-        unknown = [n for n in fields if n.startswith("llama.") and n not in self.asked and n not in neutral]
-        check(", ".join(unknown), "a value", not unknown, "no unknown field", self.path)
+        known = {*self.asked, *neutral, *allow}
+        unknown = [name for name in fields if name.startswith("llama.") and name not in known]
+        check(", ".join(unknown), "a value", not unknown, "no unknown field (--allow reads on)", self.path)
         return fields
 
 
@@ -151,7 +167,7 @@ def read_tensor(tensors: Mapping[str, Stored], path: Path, name: str) -> Float[n
     return array.reshape(tensor.shape)
 
 
-def open_gguf(path: Path, files: ExitStack) -> Checkpoint:
+def open_gguf(path: Path, files: ExitStack, allow: Collection[str] = ()) -> Checkpoint:
     """A GGUF, or all parts of a split one, by any of them. Rows of q and k lie in neighbouring pairs, as ours do."""
     found, tensors = read_header(path, files)
     if any(tensor.kind not in PLAIN for tensor in tensors.values()):
@@ -170,7 +186,7 @@ def open_gguf(path: Path, files: ExitStack) -> Checkpoint:
     recommended = gguf_sampling(fields, config.vocab)
     tokenizer = tokenizer and tokenizer._replace(**recommended)
     shown = {name: Tensor(tensor.shape, tensor.kind) for name, tensor in tensors.items()}
-    return Checkpoint(path, "GGUF", GGUF, config, fields.all(), shown, get, tokenizer)
+    return Checkpoint(path, "GGUF", GGUF, config, fields.all(allow), shown, get, tokenizer)
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------

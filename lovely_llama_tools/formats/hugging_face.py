@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -11,10 +11,11 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from jaxtyping import Float
 
-from lovely_llama import Config, Params, Sampling, check, check_sampling, check_tensors, is_number, is_whole
+from lovely_llama import Config, LlamaError, Params, Sampling, check, check_sampling, check_tensors, is_number, is_whole
 
 from ..strict_json import to_json
 from ..tokens import Tokenizer, folder_tokenizer, tokenizer_files
+from ..tokens.base import note
 from .hugging_face_config import config_to_hf, read_config, read_fields
 from .layout import HUGGING_FACE, NAMES, all_tensors, from_arrays, to_arrays, to_named
 from .model import Checkpoint, Model, Tensor, narrowed, open_file
@@ -24,9 +25,12 @@ CONFIG, GENERATION, WEIGHTS, INDEX = (
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
 BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # tables of frequencies in older files; not read
+WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before all names
 EMBED, UNEMBED = (f"{NAMES[field][HUGGING_FACE.column]}.weight" for field in ("embed", "unembed"))
 SHARD = 5 * 10**9  # bytes of a file above which another is begun
 PIECE = 2**24  # bytes that are compared at a time
+NONE = Sampling(None, None, None, None, None)
+USUAL = 50  # of the likeliest tokens, among which transformers draws unless told otherwise
 # The number at which each sampler does nothing.
 OFF: dict[str, Any] = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -55,12 +59,21 @@ class Stored(NamedTuple):
     place: Place
 
 
-def open_folder(path: Path, files: ExitStack) -> Checkpoint:
+def open_folder(path: Path, files: ExitStack, allow: Collection[str] = ()) -> Checkpoint:
     """A folder as transformers saves it, its tensors in one file or in several."""
-    config, fields = read_config(read_fields(path / CONFIG, path), path / CONFIG)
+    config, fields = read_config(read_fields(path / CONFIG, path), path / CONFIG, allow)
+    kind = fields["model_type"][0]
+    if kind != "llama":
+        note(f"{path}: a model of type {kind}, whose mathematics is a Llama's")
     found = open_tensors(path, files)
     layers, most = config.layers, len(found)
     check("num_hidden_layers", layers, layers <= most, f"at most {most}, the number of tensors", path / CONFIG)
+    wrapped = [name for name in found if name.startswith(WRAPPERS)]
+    plain = f"{', '.join(wrapped)[:60]} …" if len(wrapped) > 1 else ", ".join(wrapped)
+    how = "names without it, as save_pretrained of the model itself writes"
+    check("tensors", f"names with {' or '.join(WRAPPERS)} before them: {plain}", not wrapped, how, path)
+    if config.tied and EMBED not in found and UNEMBED in found:
+        found[EMBED] = found.pop(UNEMBED)
     if config.tied and EMBED in found and UNEMBED in found:
         differs = f"true, with {UNEMBED} other than the embedding"
         check("tie_word_embeddings", differs, are_equal(found[EMBED], found[UNEMBED]), "both the same", path / CONFIG)
@@ -78,10 +91,9 @@ def open_folder(path: Path, files: ExitStack) -> Checkpoint:
 def read_tokenizer(path: Path, vocab: int) -> Tokenizer | None:
     """The tokenizer in a folder, with the tokens that end a text, and how tokens are to be chosen."""
     given = read_fields(path / CONFIG, path)
-    generation = read_fields(path / GENERATION, path) if os.path.lexists(path / GENERATION) else {}
-    tokenizer = folder_tokenizer(path, vocab)
+    tokenizer, generation = folder_tokenizer(path, vocab), read_advice(path, vocab)
     stops = read_stops(given, vocab, path / CONFIG) | read_stops(generation, vocab, path / GENERATION)
-    sampling = read_sampling(generation, vocab, path / GENERATION)
+    sampling = read_sampling(generation, vocab)
     if tokenizer is None:
         return None
     unstated = frozenset(name for name in ("do_sample", *Sampling._fields) if generation.get(name) is None)
@@ -138,19 +150,59 @@ def read_stops(fields: Mapping[str, Any], vocab: int, file: object) -> frozenset
     return frozenset(ids)
 
 
-def read_sampling(fields: Mapping[str, Any], vocab: int, file: object) -> Sampling | None:
-    """How tokens are to be chosen, if anything is said about it. What is not said remains as it is by default."""
-    draws = fields.get("do_sample")
-    stated: dict[str, Any] = {name: fields[name] for name in Sampling._fields if fields.get(name) is not None}
-    check("do_sample", f"{draws!r:.60}", draws is None or isinstance(draws, bool), "true or false", file)
+def read_advice(path: Path, vocab: int) -> dict[str, Any]:
+    """What generation_config.json says. It is advice: what cannot be read in it is told, and left out."""
+    file, advice = path / GENERATION, dict[str, Any]()
+    try:
+        given = read_fields(file, path) if os.path.lexists(file) else {}
+    except LlamaError as error:
+        if error.field == "path":
+            raise
+        note(f"{error}: read over")
+        return advice
+    for name, value in given.items():
+        if name == "eos_token_id" and isinstance(value, list):
+            ids = [i for i in cast(list[Any], value) if is_whole(i) and 0 <= i < vocab]
+            given[name] = ids or None
+            if ids != value:
+                note(f"{file}: {name}: got {value!r:.60}, expected ids from 0 to {vocab - 1}: others are read over")
+        try:
+            advice[name] = advised(name, given[name], vocab, file)
+        except LlamaError as error:
+            note(f"{error}: read over")
+    return advice
+
+
+def advised(name: str, value: Any, vocab: int, file: object) -> Any:
+    """A field of generation_config.json that can be followed; of samplers that are off the number that says so."""
+    if value is None:
+        return None
+    if name == "do_sample":
+        check(name, f"{value!r:.60}", isinstance(value, bool), "true or false", file)
+    if name == "top_k" and is_number(value) and value == int(value):
+        value = min(max(int(value), 0), vocab)
+    if name in OFF and not (is_number(value) and value == OFF[name]):
+        check_sampling(NONE._replace(**{name: value}), vocab, file)
+    if name == "eos_token_id":
+        read_stops({name: value}, vocab, file)
+    return value
+
+
+def unsaid(vocab: int) -> Sampling:
+    """How transformers draws where nothing is said."""
+    return NONE._replace(top_k=min(USUAL, vocab))
+
+
+def read_sampling(advice: Mapping[str, Any], vocab: int) -> Sampling | None:
+    """How tokens are to be chosen, if anything is said about it; what is not said is as transformers has it. There the
+    likeliest is taken unless `do_sample` is true."""
+    draws = advice.get("do_sample")
+    stated: dict[str, Any] = {name: advice[name] for name in Sampling._fields if advice.get(name) is not None}
     if draws is None and not stated:
         return None
-    if is_whole(stated.get("top_k")):
-        stated["top_k"] = min(stated["top_k"], vocab)
-    stated = {name: None if is_number(value) and value == OFF[name] else value for name, value in stated.items()}
-    sampling = Sampling(**stated)
-    check_sampling(sampling, vocab, file)
-    return sampling if draws is not False else Sampling(sampling.repetition_penalty, 0, None, None, None)
+    stated = {name: None if value == OFF[name] else value for name, value in stated.items()}
+    sampling = unsaid(vocab)._replace(**stated)
+    return sampling if draws else NONE._replace(repetition_penalty=sampling.repetition_penalty, temperature=0)
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -213,8 +265,9 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
 
 def write_sampling(tokenizer: Tokenizer) -> dict[str, Any]:
     """The inverse of `read_sampling`."""
-    stated = {name: OFF[name] if value is None else value for name, value in tokenizer.stated.items()}
+    differing = tokenizer.differing(unsaid(len(tokenizer.pieces)))
+    stated = {name: OFF[name] if value is None else value for name, value in differing.items()}
     if stated.get("temperature") == 0:
         del stated["temperature"]
         return {"do_sample": False, **stated}
-    return stated if "do_sample" in tokenizer.unstated else {"do_sample": True, **stated}
+    return {"do_sample": True, **stated}

@@ -149,6 +149,7 @@ def rope_scaling(fields: Mapping[str, Any], file: object) -> RopeScaling | None:
     fields = {name: value for name, value in fields.items() if value is not None}
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     kind = fields.get("rope_type", fields.get("type", "default"))
+    check("rope_scaling.type", fields.get("type"), fields.get("type", kind) == kind, f"{kind}, as rope_type is", file)
     own = {"llama3": {"low_freq_factor", "high_freq_factor"}, "yarn": {"beta_fast", "beta_slow", "attention_factor"}}
     check("rope_scaling.rope_type", kind, kind in ("default", "linear", *own), "default, linear, llama3 or yarn", file)
     unknown = sorted(set(fields) - known - own.get(kind, set()))

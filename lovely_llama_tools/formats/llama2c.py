@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -128,7 +128,7 @@ class Header(NamedTuple):
         return self.length + one + (config.layers - 1) * (two - one)
 
 
-def open_llama2c(path: Path, files: ExitStack) -> Checkpoint:
+def open_llama2c(path: Path, files: ExitStack, allow: Collection[str] = ()) -> Checkpoint:
     """A file in any of the three versions. Version 2 is dequantised to float32."""
     file = files.enter_context(open_file(path))
     header, size = Header.read(file, path), os.fstat(file.fileno()).st_size
@@ -199,7 +199,7 @@ def is_llama2c(path: Path) -> bool:
 
 def unknown_to_llama2c(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a tokenizer states and run.c does not know, though much of it goes into tokenizer_config.json beside."""
-    stops = sorted(tokenizer.stops - usual_stops(tokenizer.specials, tokenizer.eos))
+    stops = sorted(tokenizer.stops - usual_stops(tokenizer))
     stated = {"stops": stops, "template": tokenizer.template or tokenizer.templates, "sampling": tokenizer.stated}
     settings = {name: value for name, value in tokenizer.settings.items() if name != "unk_token"}  # the first piece
     return {name: value for name, value in stated.items() if value} | settings

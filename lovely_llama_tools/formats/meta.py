@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from lovely_llama import CONFIGS, Config, RopeScaling, check, check_tensors, is_number, is_whole
 
 from ..tokens import folder_tokenizer
-from .hugging_face_config import read_fields
+from .hugging_face_config import UNKNOWN, read_fields
 from .layout import LLAMA2C, NAMES, all_tensors
 from .model import Checkpoint, Tensor, blamed_on
 from .pth import Part
@@ -49,10 +49,10 @@ AXES = {
 Get = Callable[[str], Float[np.ndarray, "..."]]
 
 
-def open_meta(path: Path, _: ExitStack) -> Checkpoint:
+def open_meta(path: Path, _: ExitStack, allow: Collection[str] = ()) -> Checkpoint:
     """A folder as Meta distributes it, with Llama 1, 2 or 3. torch opens its files, and none stays open."""
     params, file = read_fields(path / PARAMS, path), path / PARAMS
-    given = read_params(params, file)
+    given = read_params(params, file, allow)
     parts = open_parts(path)
     tensors, get = join(parts, given["dim"])
     shapes, layers = {name: tensor.shape for name, tensor in tensors.items()}, given["n_layers"]
@@ -75,12 +75,12 @@ def open_meta(path: Path, _: ExitStack) -> Checkpoint:
 # ---- params.json -----------------------------------------------------------------------------------------------------
 
 
-def read_params(params: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def read_params(params: Mapping[str, Any], file: Path, allow: Collection[str] = ()) -> dict[str, Any]:
     """The fields of params.json, each of its kind, or as Meta's code assumes it."""
     must, given = partial(check, file=file), dict[str, Any]()
     for name, value in params.items():
-        known = name in FIELDS or name in IGNORED
-        must(name, f"{value!r:.60}", known, "no field that is unknown here: it may change the mathematics")
+        known = name in FIELDS or name in IGNORED or name in allow
+        must(name, f"{value!r:.60}", known, UNKNOWN.format(name))
     for name, (kind, default) in FIELDS.items():
         value = params.get(name)
         if value is None:

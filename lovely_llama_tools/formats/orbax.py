@@ -7,7 +7,7 @@ beside them stand a config and a tokenizer as in Hugging Face's folders.
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -37,9 +37,9 @@ def is_orbax(path: Path) -> bool:
     return (path / ORBAX).exists()
 
 
-def open_orbax(path: Path, _: ExitStack) -> Checkpoint:
+def open_orbax(path: Path, _: ExitStack, allow: Collection[str] = ()) -> Checkpoint:
     """A folder of a run. Of its arrays only the headers are read, and no file stays open."""
-    config, fields = read_config(read_fields(path / CONFIG, path), path / CONFIG)
+    config, fields = read_config(read_fields(path / CONFIG, path), path / CONFIG, allow)
     stored = open_arrays(path / ORBAX, {PARAMS})
     shapes = {name: array.shape for name, array in stored.items()}
     check_tensors(stacked_shapes(config), shapes, path / ORBAX)

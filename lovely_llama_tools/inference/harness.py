@@ -86,18 +86,21 @@ def adapter() -> type[Any]:
         def __init__(
             self, model: Model | None = None, pretrained: str | None = None, dtype: str | None = None,
             batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None,
-            **others: object,
+            base: str | None = None, allow: str | None = None, **others: object,
         ) -> None:  # fmt: skip
             api.TemplateLM.__init__(self)
             unknown = ", ".join(name for name, value in others.items() if value is not None)
-            check("model_args", unknown, not unknown, "pretrained, dtype and batch_size", "lm-eval")
+            check("model_args", unknown, not unknown, "pretrained, base, allow, dtype and batch_size", "lm-eval")
             size = str(batch_size or 1).partition(":")[0]
             good = size == "auto" or (size.isdecimal() and int(size) > 0)
             check("batch_size", batch_size, good, "a whole number from 1, or auto", "lm-eval")
             self.batch_size = BATCH if size == "auto" else int(size)
             if model is None and pretrained is None:
                 raise LlamaError("lm-eval", "model_args", "no model", "pretrained=PATH")
-            self.model = load(str(pretrained), None if dtype == "auto" else dtype) if model is None else model
+            if model is None:
+                kind, fields = None if dtype == "auto" else dtype, allow.split("+") if allow else []
+                model = load(str(pretrained), kind, base=base, allow=fields)
+            self.model = model
             if self.model.tokenizer is None:
                 raise LlamaError("model", "tokenizer", "none", "a model with one")
             self.tokens: Tokenizer = self.model.tokenizer

@@ -17,6 +17,11 @@ from lovely_llama import LlamaError, Sampling, check
 # Special tokens that end an answer, or a text, in one Llama or another, besides the one called EOS.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 LARGEST = 2**26  # bytes of a tokenizer's file
+STEAD = {
+    b"version https://": "a pointer of Git LFS, not the file itself",
+    b"<!doctype html": "a web page, in HTML",
+    b"<html": "a web page, in HTML",
+}
 CLONE_FILES = 0x400  # Linux, sched.h
 
 
@@ -54,10 +59,14 @@ class Tokenizer(NamedTuple):
     @property
     def stated(self) -> dict[str, Any]:
         """The fields of `sampling` that a checkpoint states; of a greedy choice, those that change it."""
-        values, usual = self.sampling._asdict() if self.sampling else {}, Sampling()._asdict()
+        return self.differing(Sampling())
+
+    def differing(self, usual: Sampling) -> dict[str, Any]:
+        """The fields of `sampling` that a checkpoint states, or that differ from what is usual where it is read."""
+        values, others = self.sampling._asdict() if self.sampling else {}, usual._asdict()
         if values.get("temperature") == 0:
             values = {name: values[name] for name in ("repetition_penalty", "temperature")}
-        return {name: v for name, v in values.items() if name not in self.unstated or v != usual[name]}
+        return {name: v for name, v in values.items() if name not in self.unstated or v != others[name]}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; invalid UTF-8 becomes U+FFFD."""
@@ -77,13 +86,15 @@ def with_ends(tokenizer: Tokenizer, bos: int | None, eos: int | None, adds_bos: 
     for name, i in (("bos_token_id", bos), ("eos_token_id", eos)):
         check(name, i, i is None or (type(i) is int and 0 <= i < vocab), f"an id from 0 to {vocab - 1}", file)
     check("bos_token_id", "none", bos is not None or not adds_bos, "an id, as BOS is to begin every text", file)
-    return tokenizer._replace(bos=bos, eos=eos, adds_bos=adds_bos, stops=usual_stops(tokenizer.specials, eos))
+    tokenizer = tokenizer._replace(bos=bos, eos=eos, adds_bos=adds_bos)
+    return tokenizer._replace(stops=usual_stops(tokenizer))
 
 
-def usual_stops(specials: Mapping[str, int], eos: int | None) -> frozenset[int]:
-    """The tokens that end an answer without being listed as such."""
-    ends = {specials[name] for name in ENDS if name in specials}
-    return frozenset(ends if eos is None else {*ends, eos})
+def usual_stops(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer without being listed as such, special or found in every text."""
+    named: dict[str, int] = {**getattr(tokenizer.encode, "words", {}), **tokenizer.specials}
+    ends = {named[name] for name in ENDS if name in named}
+    return frozenset(ends if tokenizer.eos is None else {*ends, tokenizer.eos})
 
 
 def prefix_of(encode: Callable[[str, bool], list[int]], pieces: Sequence[bytes]) -> bytes:
@@ -170,16 +181,22 @@ def check_inside(path: Path, folder: Path) -> None:
     check("path", f"a link to {target}", inside, f"a file in {folder}", path)
 
 
-def open_file(path: Path, folder: Path | None = None) -> BinaryIO:
+def open_file(path: Path, folder: Path | None = None, *, text: bool = False) -> BinaryIO:
     """Open a regular file; pipes and devices could block. A file that belongs to a folder must be inside it.
 
-    A path that the user has named belongs to none, and may be a link to anywhere.
+    A path that the user has named belongs to none, and may be a link to anywhere. What a server or git has put in the
+    place of the file is called that, unless it may hold any text.
     """
     try:
         check("path", "no such file", path.exists(), "a file", path)
         check("path", "not a regular file", path.is_file(), "a regular file", path)
         if folder is not None:
             check_inside(path, folder)
+        if not text:
+            with open(path, "rb") as file:
+                head = file.read(16).lower()
+            stead = next((what for start, what in STEAD.items() if head.startswith(start)), "")
+            check("contents", stead, not stead, "the file itself", path)
         return open(path, "rb")
     except OSError as error:
         raise LlamaError(path, "path", error.strerror, "a file that can be read") from error

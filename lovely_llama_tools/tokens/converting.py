@@ -35,7 +35,7 @@ def describe_proto(vocabulary: Vocabulary, file: object) -> dict[str, Any]:
     pieces = vocabulary.pieces
     scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     merges = [
-        (-score, len(text[:i]), text[:i], text[i:])
+        (-score, -i, text[:i], text[i:])
         for text, score in scores.items()
         for i in range(1, len(text))
         if text[:i] in scores and text[i:] in scores

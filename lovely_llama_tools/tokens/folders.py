@@ -18,6 +18,7 @@ from .pieces import (
     bin_tokenizer,
     read_proto,
     sentencepiece_tokenizer,
+    without_prefix,
     write_proto,
 )
 from .pipelines import Pipeline, added_token, as_list, as_object, pipeline_tokenizer, token_names
@@ -142,7 +143,12 @@ def read_source(data: bytes, path: Path, config: Mapping[str, Any], vocab: int |
         new_tokens(tokens, tokenizer.specials, set(), file)
         adds = tokenizer.adds_bos if adds is None else adds
     else:
-        tokenizer = sentencepiece_tokenizer(with_tokens(data, tokens, path, file), path)
+        bare, legacy = config.get("add_prefix_space"), config.get("legacy")
+        for name, value in {"add_prefix_space": bare, "legacy": legacy}.items():
+            check(name, repr(value), value in (None, True, False), "true or false", file)
+        proto = with_tokens(data, tokens, path, file)
+        proto = write_proto(without_prefix(read_proto(proto, path))) if bare is False else proto
+        tokenizer = sentencepiece_tokenizer(proto, path, once=legacy is False)
         adds = tokenizer.adds_bos if adds is None else adds
     ends = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     for key in ends:
@@ -219,8 +225,10 @@ def tokenizer_files(tokenizer: Tokenizer, file: object = "tokenizer") -> dict[st
     elif isinstance(encode, Pipeline):
         files = {"tokenizer.json": write_description(encode.description(), tokenizer, names)}
     elif isinstance(encode, SentencePiece):
-        description = describe_proto(read_proto(encode.proto, file), file)
-        files = {"tokenizer.json": write_description(description, tokenizer, names), "tokenizer.model": encode.proto}
+        files = {"tokenizer.model": encode.proto}
+        if not encode.once or not tokenizer.prefix:  # no tokenizer.json puts a space before the first part alone
+            description = describe_proto(read_proto(encode.proto, file), file)
+            files["tokenizer.json"] = write_description(description, tokenizer, names)
     else:
         raise LlamaError(file, "tokenizer", f"a {type(encode).__name__}", "one that this library has made")
     config: dict[str, Any] = {
@@ -228,6 +236,7 @@ def tokenizer_files(tokenizer: Tokenizer, file: object = "tokenizer") -> dict[st
         "clean_up_tokenization_spaces": False,
         "add_bos_token": tokenizer.adds_bos,
     }
+    config |= {"legacy": False} if isinstance(encode, SentencePiece) and encode.once else {}
     config |= {key: value for key, value in tokenizer.settings.items() if key in SETTINGS}
     for key, i in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
         config |= {} if i is None else {key: names[i]}

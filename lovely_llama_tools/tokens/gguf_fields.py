@@ -11,9 +11,10 @@ from lovely_llama import LlamaError, check
 from ..extras import counted
 from .base import Tokenizer, usual_stops, with_ends
 from .converting import vocabulary_of
-from .pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, built_tokenizer, setting
+from .pieces import BYTE, BYTES, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, built_tokenizer, setting
 from .pipelines import (
     PRE,
+    PRE_NAMES,
     WHOLE,
     Pipeline,
     byte_letters,
@@ -53,25 +54,41 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
         must(name, counted(len(values), "value"), all(type(value) is kind for value in values), expected)
         return values
 
+    def token(name: str) -> Any:
+        """The id of a special token. −1 stands for none, in whole numbers without a sign too."""
+        i = field(name, None)
+        return None if i in (-1, 2**32 - 1) else i
+
     model = field("model")
     must("model", f"{model!s:.99}", model in ("gpt2", "llama"), "gpt2 or llama")
-    names, kinds = array("tokens", str, vocab), array("token_type", int, vocab)
+    stated = {name for name in ("token_type", "scores") if f"tokenizer.ggml.{name}" in fields}
+    names = [name or f"[EMPTY_{i}]" for i, name in enumerate(array("tokens", str, vocab))]
+    kinds = array("token_type", int, vocab) if "token_type" in stated else [NORMAL] * len(names)
     must("token_type", {*kinds}, {*kinds} <= {*range(NORMAL, BYTE + 1)}, "1 to 6")
     name, times = Counter(names).most_common(1)[0]
     must("tokens", f"{times} times {name!r}", times == 1, "each once")
-    bos, eos, adds_bos = field("bos_token_id", None), field("eos_token_id", None), field("add_bos_token", None)
+    bos, eos, adds_bos = token("bos_token_id"), token("eos_token_id"), field("add_bos_token", None)
     must("add_bos_token", adds_bos, type(adds_bos) in (bool, type(None)), "true or false")
-    ends = {key: field(key, None) for key in ("eot_token_id", "eom_token_id")}  # of a turn, and of a message
+    ends = {key: token(key) for key in ("eot_token_id", "eom_token_id")}  # of a turn, and of a message
     for key, i in {"bos_token_id": bos, "eos_token_id": eos, **ends}.items():
         must(key, i, i is None or (type(i) is int and 0 <= i < vocab), f"an id from 0 to {vocab - 1}")
+    if "token_type" not in stated:
+        kinds = [BYTE if model == "llama" and name in BYTES else kind for name, kind in zip(names, kinds, strict=True)]
+        kinds = [CONTROL if i in (bos, eos, *ends.values()) else kind for i, kind in enumerate(kinds)]
     if model == "gpt2":
-        tokenizer = gpt2_vocabulary(names, kinds, array("merges", str, None), field("pre"), must, path)
+        pre = field("pre", "default")
+        must("pre", f"{pre!s:.99}", type(pre) is str and pre in PRE_NAMES, f"one of {', '.join(PRE_NAMES)}")
+        pre = PRE_NAMES[pre]
+        tokenizer = gpt2_vocabulary(names, kinds, array("merges", str, None), pre, must, path)
     else:
+        pre = ""
+        kinds = with_unknown(kinds, token("unknown_token_id"))
+        scores = array("scores", float, vocab) if "scores" in stated else [0.0] * len(names)
         prefix = field("add_space_prefix", True)
         must("add_space_prefix", prefix, type(prefix) is bool, "true or false")
-        entries = zip(names, array("scores", float, vocab), kinds, strict=True)
+        entries = zip(names, scores, kinds, strict=True)
         tokenizer = built_tokenizer([Piece(*entry) for entry in entries], bos, eos, prefix, path)
-    adds_bos = adds_bos if adds_bos is not None else bos is not None and (model == "llama" or field("pre") in WHOLE)
+    adds_bos = adds_bos if adds_bos is not None else bos is not None and (model == "llama" or pre in WHOLE)
     must("bos_token_id", "none", bos is not None or not adds_bos, "an id, as add_bos_token is true")
     templates = read_templates(fields, path)
     template = templates.pop("default", None)
@@ -85,6 +102,15 @@ def gguf_tokenizer(fields: Mapping[str, Any], vocab: int, path: Path) -> Tokeniz
     return tokenizer._replace(template=template, templates=templates, stops=stops, pieces=pieces, settings=settings)
 
 
+def with_unknown(kinds: list[int], stated: Any) -> list[int]:
+    """The kinds of a SentencePiece vocabulary with one piece for what is unknown: the one that a key states, that is
+    marked alone, or the first, as in llama.cpp, whose converter marks Llama's `<unk>` as a control token."""
+    marked = [i for i, kind in enumerate(kinds) if kind == UNKNOWN]
+    known = type(stated) is int and 0 <= stated < len(kinds)
+    unknown = stated if known else marked[0] if len(marked) == 1 else 0
+    return [UNKNOWN if i == unknown else UNUSED if kind == UNKNOWN else kind for i, kind in enumerate(kinds)]
+
+
 def named_settings(ids: Mapping[str, Any], names: list[str], specials: Mapping[str, int]) -> dict[str, Any]:
     """Special tokens as tokenizer_config.json states them. An id beyond the vocabulary states none."""
     known = {name: i for name, i in ids.items() if type(i) is int and 0 <= i < len(names)}
@@ -95,10 +121,9 @@ def named_settings(ids: Mapping[str, Any], names: list[str], specials: Mapping[s
 
 
 def gpt2_vocabulary(
-    names: list[str], kinds: list[int], merges: list[str], pre: object, must: "partial[None] | Any", path: Path
+    names: list[str], kinds: list[int], merges: list[str], pre: str, must: "partial[None] | Any", path: Path
 ) -> Tokenizer:  # fmt: skip
     """A byte-level vocabulary, split as its key `pre` says. Tokens that are not normal are special."""
-    must("pre", f"{pre!s:.99}", type(pre) is str and pre in PRE, f"one of {', '.join(PRE)}")
     pairs, ids, byte_of = [tuple(merge.split(" ")) for merge in merges], {*names}, byte_letters()
     wrong = [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= ids]
     must("merges", wrong[:1], not wrong, "pairs of tokens that make a token")
@@ -106,7 +131,7 @@ def gpt2_vocabulary(
     must("tokens", foreign[:1], not foreign, "letters that stand for bytes")
     specials = {name: i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind in (UNKNOWN, CONTROL)}
     words = {name: i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind == USER_DEFINED}
-    return pipeline_tokenizer(byte_level(names, merges, str(pre), specials, words), path)
+    return pipeline_tokenizer(byte_level(names, merges, pre, specials, words), path)
 
 
 def read_templates(fields: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -136,7 +161,7 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab: int, file: object = "tokenizer
         fields |= {
             "model": "llama",
             "pre": "default",
-            "tokens": [piece.text for piece in vocabulary.pieces],
+            "tokens": [spelt(piece) for piece in vocabulary.pieces],
             "scores": [piece.score for piece in vocabulary.pieces],
             "token_type": [piece.kind for piece in vocabulary.pieces],
             "add_space_prefix": bool(setting(vocabulary, 3, 3, True)),
@@ -160,6 +185,11 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab: int, file: object = "tokenizer
     return found | {f"tokenizer.chat_template.{name}": text for name, text in tokenizer.templates.items()}
 
 
+def spelt(piece: Piece) -> str:
+    """A piece as llama.cpp compares it: user-defined ones with texts in which no ▁ stands for a space yet."""
+    return piece.text.replace("▁", " ") if piece.kind == USER_DEFINED else piece.text
+
+
 def settings_fields(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keys for what a tokenizer states besides its vocabulary, and what of that has no key.
 
@@ -172,7 +202,7 @@ def settings_fields(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any
     for name, key in {"pad_token_id": PLACES["pad_token"], "add_eos_token": "add_eos_token"}.items():
         if name in rest and key not in fields:
             fields[key] = rest.pop(name)
-    stops = sorted(tokenizer.stops - usual_stops(tokenizer.specials, tokenizer.eos))
+    stops = sorted(tokenizer.stops - usual_stops(tokenizer))
     fields |= dict(zip(("eot_token_id", "eom_token_id"), stops, strict=False))
     return fields, rest | ({"stops": stops[2:]} if stops[2:] else {})
 
@@ -190,11 +220,12 @@ def canonical(pre: Any) -> list[dict[str, Any]]:
 def byte_level_fields(description: Mapping[str, Any], file: object) -> dict[str, Any]:
     """The keys for a byte-level tokenizer.json whose split is one that llama.cpp knows by name."""
     model, steps = description["model"], canonical(description["pre_tokenizer"])
-    pre = next((name for name, split in PRE.items() if canonical(split) == steps), None)
+    whole = bool(model.get("ignore_merges"))
+    alike = [name for name, split in PRE.items() if canonical(split) == steps]
+    pre = next((name for name in alike if (name in WHOLE) == whole), next(iter(alike), None))
     if pre is None:
         raise LlamaError(file, "pre_tokenizer", "another split of texts", f"that of {', '.join(PRE)}, in a GGUF")
     check("normalizer", "one", description.get("normalizer") is None, "none, in a GGUF", file)
-    whole = bool(model.get("ignore_merges"))
     check("model.ignore_merges", whole, whole == (pre in WHOLE), f"{pre in WHOLE}, with the split of {pre}", file)
     names, _ = token_names(description, file)
     kinds = {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in description["added_tokens"]}

@@ -30,8 +30,8 @@ class Vocabulary(NamedTuple):
     settings: bytes
 
 
-def sentencepiece_tokenizer(proto: bytes, file: object) -> Tokenizer:
-    """A tokenizer from a serialised SentencePiece model, as Llama 1 and 2 have it."""
+def sentencepiece_tokenizer(proto: bytes, file: object, once: bool = False) -> Tokenizer:
+    """A tokenizer from a serialised SentencePiece model, as Llama 1 and 2 have it. `once`: see `SentencePiece`."""
     vocabulary = read_proto(proto, file)
     kinds = {piece.kind for piece in vocabulary.pieces}
     check("pieces", len(vocabulary.pieces), UNKNOWN in kinds, "at least one, and one for what is unknown", file)
@@ -41,7 +41,7 @@ def sentencepiece_tokenizer(proto: bytes, file: object) -> Tokenizer:
     text, times = Counter(piece.text for piece in vocabulary.pieces).most_common(1)[0]
     check("pieces", f"{times} times {text!r}", times == 1, "each once", file)
     with contained(file, "contents", "other data", "a SentencePiece model"):
-        encode = SentencePiece(proto)
+        encode = SentencePiece(proto, once)
         unknown: str = encode.library.decode([encode.library.unk_id()])
 
     pieces = [
@@ -61,30 +61,33 @@ def sentencepiece_tokenizer(proto: bytes, file: object) -> Tokenizer:
 class SentencePiece:
     """Encodes with a SentencePiece model, which it pickles as.
 
-    Each part of a text between special tokens is a text of its own, with a prefix where the model has one: so Meta's
-    code and llama.cpp encode the turns of a conversation.
+    User-defined pieces are found before a text is split. Each part between these and special tokens is a text of its
+    own, with a prefix where the model has one: so Meta's code and llama.cpp encode the turns of a conversation. With
+    `once` the first part alone has it, as in transformers without `legacy`.
     """
 
-    def __init__(self, proto: bytes) -> None:
+    def __init__(self, proto: bytes, once: bool = False) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self.proto, self.library = proto, SentencePieceProcessor(model_proto=proto)
-        named: Any = self.library
-        ids = range(named.get_piece_size())
-        self.specials: dict[str, int] = {
-            named.id_to_piece(i): i for i in ids if named.is_control(i) or named.is_unknown(i)
-        }
+        self.proto, self.once, self.library = proto, once, SentencePieceProcessor(model_proto=proto)
+        vocabulary = read_proto(proto, "proto")
+        by_kind = {kind: {p.text: i for i, p in enumerate(vocabulary.pieces) if p.kind == kind} for kind in range(7)}
+        self.specials = by_kind[CONTROL] | by_kind[UNKNOWN]
+        self.words = {name.replace("▁", " "): i for name, i in by_kind[USER_DEFINED].items()}
+        later = write_proto(without_prefix(vocabulary)) if once else proto
+        self.later = SentencePieceProcessor(model_proto=later) if once else self.library
 
     def __call__(self, text: str, special: bool = False) -> list[int]:
         check_text("text", text)
-        tokens = list[int]()
-        for part, token in segments(text, self.specials if special else {}):
-            tokens += self.library.encode(part)
+        tokens, library = list[int](), self.library
+        for part, token in segments(text, self.words | (self.specials if special else {})):
+            tokens += library.encode(part)
             tokens += [] if token is None else [token]
+            library = self.later
         return tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePiece, (self.proto,)
+        return SentencePiece, (self.proto, self.once)
 
 
 # ---- Its serialisation -----------------------------------------------------------------------------------------------
@@ -178,6 +181,15 @@ def setting(vocabulary: Vocabulary, spec: int, number: int, default: Any) -> Any
     """A field of the trainer's settings (2) or the normaliser's (3)."""
     inside = dict(proto_fields(vocabulary.settings)).get(spec, b"")
     return dict(proto_fields(inside)).get(number, default)
+
+
+def without_prefix(vocabulary: Vocabulary) -> Vocabulary:
+    """The same, but that no space is put before a text."""
+    fields = [*proto_fields(vocabulary.settings)]
+    fields += [] if any(number == 3 for number, _ in fields) else [(3, b"")]
+    spec = proto_field(3, False)  # of two values the last counts
+    settings = [proto_field(number, value + spec if number == 3 else value) for number, value in fields]
+    return vocabulary._replace(settings=b"".join(settings))
 
 
 def built_tokenizer(

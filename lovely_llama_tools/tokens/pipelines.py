@@ -43,8 +43,18 @@ PRE: dict[str, dict[str, Any]] = {
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, letters_for_bytes(True)],
     },
     "llama-bpe": splits(LLAMA3),
+    "smaug-bpe": splits(LLAMA3),
     "default": splits(r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
+# Under which other names it has the same.
+OTHER_NAMES = {
+    "gpt-2": "a.x-4.0 exaone4 gigachat granite-docling jais jina-de jina-es jina-v2-de jina-v2-es mellum mpt olmo "
+    "phi-2 trillion",
+    "smollm": "codeshell command-r exaone minerva-7b refact starcoder",
+    "llama-bpe": "falcon-h1 falcon3 lfm2 llama-v3 llama3 midm-2.0 pixtral",
+    "smaug-bpe": "dbrx",
+}
+PRE_NAMES = {name: name for name in PRE} | {name: pre for pre, names in OTHER_NAMES.items() for name in names.split()}
 WHOLE = {"llama-bpe"}  # where a part that is a token is that token, however merges would go
 
 
@@ -152,6 +162,8 @@ class Pipeline:
         description = description or self.description()
         self.known, self.byte_level = known_letters(description)
         self.tried = regexes(description) <= TRIED
+        added = map(as_object, as_list(description.get("added_tokens")))
+        self.words = {str(token["content"]): int(token["id"]) for token in added if token.get("special") is False}
 
     def __call__(self, text: str, special: bool = False) -> list[int]:
         check_text("text", text)

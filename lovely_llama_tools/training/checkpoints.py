@@ -27,6 +27,7 @@ from ..tokens import Tokenizer
 from .run_folder import Checkpoint, Progress, save_checkpoint, step_path, write_hf, writing
 from .step import TrainState, from_stored, merged, parts_of, to_stored
 
+ADAPTERS = "adapter"
 STAGED = ".orbax.part"  # orbax writes here, in the run's folder, until a checkpoint is complete
 
 
@@ -35,8 +36,10 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
 
     def __init__(
         self, run: Path, form: str, config: Config, tokenizer: Tokenizer | None, scale: float,
-        fingerprints: Mapping[str, Any], last: int,
+        fingerprints: Mapping[str, Any], last: int, beside: Callable[[Path, Any], None] | None = None,
     ) -> None:  # fmt: skip
+        """`beside` writes adapters by themselves into a folder."""
+        self.beside = beside
         self.run, self.form, self.config, self.tokenizer, self.scale = run, form, config, tokenizer, scale
         self.finish = partial(save_checkpoint, run, fingerprints=fingerprints, last=last)
         self.thread, self.pending = ThreadPoolExecutor(1), list[Future[None]]()
@@ -59,11 +62,17 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             self.pending.append(self.thread.submit(self.start(path, tree, progress)))
         elif index() == 0:
             write = partial(write_hf, Model(self.config, params, self.tokenizer), to_stored(state, self.config))
-            self.finish(write, progress)
+            self.finish(partial(self.written, write, state.trained), progress)
+
+    def written(self, write: Callable[[Path], None], adapters: Any, path: Path) -> None:
+        """Write a checkpoint, and its adapters by themselves, as peft has them, if there are any."""
+        write(path)
+        if self.beside:
+            self.beside(path / ADAPTERS, adapters)
 
     def start(self, path: Path, tree: Mapping[str, Any], progress: Progress) -> Callable[[], None]:
         """Start orbax, and return what completes the checkpoint."""
-        staged = self.run / STAGED / path.name
+        staged, adapters = self.run / STAGED / path.name, jax.device_get(tree.get("adapters"))  # the next step donates
         with writing(path):
             if index() == 0:
                 staged.parent.mkdir(exist_ok=True)
@@ -74,7 +83,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             save_description(self.config, self.tokenizer, new, "float32")
             staged.rename(new / ORBAX)
 
-        return wait if index() else partial(self.finish, write, progress)
+        return wait if index() else partial(self.finish, partial(self.written, write, adapters), progress)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is complete; raise the error if it failed."""

@@ -23,6 +23,7 @@ from ..devices.cluster import agree_on, code, gathered, in_turn, index, joined, 
 from ..devices.mesh import batch_sharding, check_seq, places
 from ..extras import counted, extra
 from ..fast.layers import in_tuple
+from ..formats.adapters import save_adapter
 from ..formats.files import BEST, RUN, checkpoint, load, load_tokenizer
 from ..formats.model import Checkpoint as SavedModel
 from ..formats.model import Model, check_memory, share
@@ -134,10 +135,12 @@ def train(settings: Settings, folder: Path, at: int | None, resuming: bool, allo
         logger = stack.enter_context(
             metrics_logger(folder, progress, settings.steps) if writes else nullcontext(SilentLogger())
         )
+        lora = {"base": settings.init_from, "rank": settings.lora, "alpha": settings.lora_alpha}
+        beside = partial(save_adapter, config=config, **cast(Any, lora)) if settings.lora else None
         options, form = step_options(settings, config), cast(str, settings.checkpoints)
         tokenizer = corpus.tokenizer and fit(corpus.tokenizer, config.vocab, "tokenizer")
         checkpointer = stack.enter_context(
-            Checkpointer(folder, form, config, tokenizer, options.scale, fingerprints, settings.keep)
+            Checkpointer(folder, form, config, tokenizer, options.scale, fingerprints, settings.keep, beside)
         )
         run = Run(folder, settings, corpus, config, options, checkpointer, stop, logger, rows)
         if at is None:

@@ -1,7 +1,9 @@
 """Bugs of what stands around the layers: embedding, readout, tokens, what was recorded, precision."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
 from jax import numpy as jnp
 
@@ -109,11 +111,19 @@ def divides(config: Config) -> bool:
     return not any(n % 32 for n in (config.dim, config.kv_heads * config.q_per_kv * config.head_dim, config.hidden_dim))
 
 
+def all_through(dtype: Any) -> Callable[[Params, Config], Params]:
+    return lambda params, _: jax.tree.map(lambda w: through(w, dtype), params)
+
+
 OF_PRECISION = (
     Bug("weights rounded to bfloat16", "rounds weights to bfloat16", DTYPE, "", "weights finer than bfloat16",
         params=matrices(lambda w: through(w, jnp.bfloat16))),
     Bug("weights rounded to float16", "rounds weights to float16", DTYPE, "", "weights finer than float16",
         params=matrices(lambda w: through(w, jnp.float16))),
+    Bug("checkpoint read in bfloat16", "rounds every tensor to bfloat16, gains too", DTYPE, "",
+        "weights finer than bfloat16", params=all_through(jnp.bfloat16)),
+    Bug("checkpoint read in float16", "rounds every tensor to float16, gains too", DTYPE,
+        "easydel bridge.py:2253", "weights finer than float16", params=all_through(jnp.float16)),
     Bug("weights rounded to Q8_0", "has matrices in blocks of 8-bit numbers", "compare with the quantised file", "",
         "rows that 32 divides", params=matrices(q8_0), fits=divides),
 )  # fmt: skip

@@ -235,8 +235,8 @@ def foreign(says: str, data: bytes | Callable[[bytes], bytes]) -> Variant:
 BARE = {".formats.pth:LlamaError": "lambda file, field, got, expected: RuntimeError(got)"}
 D4 = {
     "empty": foreign("no zip file, of 0 bytes", b""),
-    "HTML": foreign("no zip file", b"<!DOCTYPE html>" * 9),
-    "text": foreign("no zip file", b"version https://git-lfs.github.com/spec/v1\n"),
+    "HTML": foreign("a web page", b"<!DOCTYPE html>" * 9),
+    "a pointer of Git LFS": foreign("Git LFS", b"version https://git-lfs.github.com/spec/v1\n"),
     "half": foreign("damaged or truncated", lambda data: data[: len(data) // 2]),
     "100 bytes less": foreign("damaged or truncated", lambda data: data[:-100]),
     "10 bytes less": foreign("damaged or truncated", lambda data: data[:-10]),

@@ -24,6 +24,7 @@ from lovely_llama_tools.tokens.training import train_bpe, train_sentencepiece
 TEXTS = ["the sky is blue", "the sea is blue too", "why is the sky so blue", "so it goes"]
 PLACE = "lovely_llama_tools.tokens"
 BARE = {f"{PLACE}.base:contained": "lambda *a: __import__('contextlib').nullcontext()"}
+SERVED = {f"{PLACE}.base:STEAD": "{}"}
 LENIENT = {".strict_json:read_json": "lambda data, file: json.loads(data)"}
 
 
@@ -342,17 +343,17 @@ CASES: dict[str, Case] = {
         {
             "json: empty": bad("JSON", "no bytes", LENIENT, ValueError, json=b""),
             "json: cut short": bad("JSON", "column", LENIENT, ValueError, json=json_source()[:500]),
-            "json: HTML": bad("JSON", "column 1", LENIENT, ValueError, json=HTML),
+            "json: HTML": bad("contents", "a web page", SERVED, ValueError, json=HTML),
             "json: a list": bad("JSON", "list", end=AttributeError, json=b"[1]"),
             "json: another object": bad("model", "NoneType", unchecked("model", "model.vocab"), IndexError, json=b"{}"),
             "json: not UTF-8": bad("JSON", "UTF-8", LENIENT, UnicodeError, json=b'{"\xff": 1}'),
             "model: empty": bad("pieces", "got 0", model=b"", end=IndexError),
             "model: cut short": bad("contents", "", LIBRARY, RuntimeError, model=proto()[:1000]),
-            "model: HTML": bad("contents", "", LIBRARY, RuntimeError, model=HTML),
+            "model: HTML": bad("contents", "a web page", SERVED, RuntimeError, model=HTML),
             "model: JSON": bad("contents", "", LIBRARY, RuntimeError, model=json_source()),
             "model: a rank without a number": bad("line 2", "other data", UNTOLD, Untold, model=b"AA== 0\nAQ== x"),
             "bin: empty": bad("size", "0 bytes", end=struct.error, bin=b""),
-            "bin: HTML": bad("pieces[0]", "", bin=HTML, end=Unlike),
+            "bin: HTML": bad("contents", "a web page", SERVED, bin=HTML, end=Unlike),
             "characters: a number": bad("characters", "int", chars={"characters": 5}),
             "a pipe": refused(lambda w: link(w, "/dev/zero"), "path", "not a regular file", end=Unlike),
             "no tokenizer, and a text": refused(no_tokenizer, "tokenizer", "token ids", UNTOLD, Untold),

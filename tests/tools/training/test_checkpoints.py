@@ -196,6 +196,8 @@ def test_adapters(found: Any) -> None:
     folder, _, _ = found
     model, want, base = (load(folder / at) for at in ("orbax/lora/step-6", "hf/lora/step-6", "whole/best"))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), model.params, want.params)
+    alone = load(folder / "orbax/lora/step-6/adapter", base=folder / "whole" / "best")
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), alone.params, want.params)
     q, before = (layers_of(params)[1].attn.q for params in (model.params, base.params))
     assert np.abs(q - before).max() > 1e-3
 

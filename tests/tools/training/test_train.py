@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -409,6 +410,8 @@ def test_adapters(
             assert np.abs(change).max() > 1e-3
             assert_close(new - w, 1.5 * change.reshape(w.shape), 1e-4, name)
     np.testing.assert_array_equal(last.model.params.embed, model.params.embed)
+    alone = load(tmp_path / "run" / "best" / "adapter")
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), alone.params, load(tmp_path / "run").params)
     with monkeypatch.context() as patch:
         strike(patch, "step", 4, kill)
         with pytest.raises(Killed):
