@@ -71,7 +71,7 @@ def dials(candidates: Candidates) -> list[Dial]:
                         lambda name, x: Bug(name, "", "", config=scaled_by(factor=x))))  # fmt: skip
     if scaling and scaling.kind != "linear":
         own.append(dial("original_max_position_embeddings", float(scaling.original_ctx), 1e3,
-                        lambda name, x: Bug(name, "", "", config=scaled_by(original_ctx=round(x)))))  # fmt: skip
+                        lambda name, x: Bug(name, "", "", config=scaled_by(original_ctx=max(1, round(x))))))  # fmt: skip
     return [
         *own,
         dial("theta", float(config.theta), 1e3, lambda name, x: Bug(name, "", "", config=fixed(theta=x))),

@@ -74,10 +74,19 @@ class Tokenizer(NamedTuple):
 
 
 def fit(tokenizer: Tokenizer, vocab: int, file: object) -> Tokenizer:
-    """The tokenizer for a model of this vocabulary. Ids that only the model has add nothing to a text."""
-    pieces = len(tokenizer.pieces)
-    check("pieces", pieces, pieces <= vocab, f"at most {vocab}, the model's vocabulary", file)
-    return tokenizer._replace(pieces=[*tokenizer.pieces, *[b""] * (vocab - pieces)])
+    """The tokenizer for a model of this vocabulary. Ids that only the model has add nothing to a text; special tokens
+    that it does not have, such as one for padding, are left out."""
+    pieces, specials = tokenizer.pieces, tokenizer.specials
+    beyond = {name: i for name, i in specials.items() if i >= vocab}
+    needed = {tokenizer.bos, tokenizer.eos} & {*beyond.values()}
+    if beyond and not needed and {*range(vocab, len(pieces))} <= {*beyond.values()}:
+        pieces, specials = pieces[:vocab], {name: i for name, i in specials.items() if i < vocab}
+        settings = {key: value for key, value in tokenizer.settings.items() if value not in [*beyond]}
+        stops = frozenset(i for i in tokenizer.stops if i < vocab)
+        tokenizer = tokenizer._replace(specials=specials, settings=settings, stops=stops)
+    count = len(pieces)
+    check("pieces", count, count <= vocab, f"at most {vocab}, the model's vocabulary", file)
+    return tokenizer._replace(pieces=[*pieces, *[b""] * (vocab - count)])
 
 
 def with_ends(tokenizer: Tokenizer, bos: int | None, eos: int | None, adds_bos: bool, file: object) -> Tokenizer:

@@ -98,7 +98,8 @@ def vocabulary_of(encode: Callable[[str, bool], list[int]], file: object) -> Voc
         raise LlamaError(file, "tokenizer", f"a {type(encode).__name__}", "a vocabulary that this format can hold")
     description = encode.description()
     model, names = description["model"], token_names(description, file)[0]
-    pieced = model.get("type", "BPE") == "BPE" and not is_byte_level(description) and model.get("unk_token") in names
+    unknown = model.get("unk_token") or "<unk>"  # transformers 5 writes null where every byte has a token
+    pieced = model.get("type", "BPE") == "BPE" and not is_byte_level(description) and unknown in names
     check("tokenizer", "another kind of vocabulary", pieced, "one of SentencePiece's BPE", file)
     prefix = takes_prefix(description, file)
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -107,7 +108,7 @@ def vocabulary_of(encode: Callable[[str, bool], list[int]], file: object) -> Voc
         best.setdefault("".join(pair), len(best))
     kinds = dict.fromkeys(BYTES, BYTE) if model.get("byte_fallback") else {}
     kinds |= {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in description["added_tokens"]}
-    kinds[model["unk_token"]] = UNKNOWN
+    kinds[unknown] = UNKNOWN
     # No piece that merges do not make is ever compared with another.
     pieces = [Piece(name, -float(best.get(name, len(best))), kinds.get(name, NORMAL)) for name in names]
     return Vocabulary(pieces, new_settings(pieces, None, None, prefix))

@@ -12,6 +12,7 @@ from .characters import Characters, read_characters, write_characters
 from .converting import describe_proto
 from .pieces import (
     CONTROL,
+    UNUSED,
     USER_DEFINED,
     Piece,
     SentencePiece,
@@ -21,7 +22,7 @@ from .pieces import (
     without_prefix,
     write_proto,
 )
-from .pipelines import Pipeline, added_token, as_list, as_object, pipeline_tokenizer, token_names
+from .pipelines import GAP, Pipeline, added_token, as_list, as_object, pipeline_tokenizer, token_names, without_gap
 from .ranks import LLAMA3_SPECIALS, is_ranks, rank_tokenizer
 from .templates import check_template
 
@@ -124,13 +125,15 @@ def read_source(data: bytes, path: Path, config: Mapping[str, Any], vocab: int |
     tokens, adds = named_tokens(config, file), config.get("add_bos_token")
     check("add_bos_token", repr(adds), adds in (None, True, False), "true or false", file)
     if path.name == "tokenizer.json":
-        description = read_json(data, path)
+        given = read_json(data, path)
+        description = without_gap(given)
         names = {name: i for i, name in enumerate(token_names(description, path)[0])}
         more = new_tokens(tokens, names, {token["content"] for token in as_list(description.get("added_tokens"))}, file)
         if more:
             entries = [added_token(name, i, special) for name, (i, special) in more.items()]
             description["added_tokens"] = [*as_list(description.get("added_tokens")), *entries]
-        tokenizer = pipeline_tokenizer(description, path, None if more else data.decode())
+        description = without_gap(description)
+        tokenizer = pipeline_tokenizer(description, path, data.decode() if description == given else None)
         if adds not in (None, tokenizer.adds_bos):
             does = "adds BOS" if tokenizer.adds_bos else "adds no BOS"
             note(f"{file}: add_bos_token is {to_json(adds)}, but {path.name} {does}, which counts")
@@ -187,8 +190,9 @@ def with_tokens(
     for name, (i, special) in more.items():
         pieces[i] = Piece(name, 0.0, CONTROL if special else USER_DEFINED)
     last = max(pieces)
-    check("added_tokens_decoder", f"the id {last}", last < len(pieces), f"ids without a gap after {len(names)}", file)
-    return write_proto(vocabulary._replace(pieces=[pieces[i] for i in range(len(pieces))]))
+    check("added_tokens_decoder", f"the id {last}", last < len(pieces) + GAP, f"ids soon after {len(names)}", file)
+    filled = [pieces.get(i, Piece(f"[PAD{i}]", 0.0, UNUSED)) for i in range(last + 1)]
+    return write_proto(vocabulary._replace(pieces=filled))
 
 
 def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

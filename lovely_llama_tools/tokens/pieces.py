@@ -46,7 +46,7 @@ def sentencepiece_tokenizer(proto: bytes, file: object, once: bool = False) -> T
 
     pieces = [
         unknown.encode() if kind == UNKNOWN
-        else b"" if kind == CONTROL
+        else b"" if kind in (CONTROL, UNUSED)
         else bytes([BYTES[text]]) if kind == BYTE
         else text.replace("▁", " ").encode()
         for text, _, kind in vocabulary.pieces

@@ -148,6 +148,7 @@ def regexes(description: Mapping[str, Any]) -> set[str]:
     return {str(pattern["Regex"]) for pattern in patterns if "Regex" in pattern}
 
 
+GAP = 2**16  # ids that may be missing before added tokens
 TRIED = {regex for split in PRE.values() for regex in regexes({"pre_tokenizer": split})}  # others may give up on a text
 
 
@@ -223,6 +224,22 @@ def pipeline_tokenizer(description: Mapping[str, Any], file: object, source: str
     tokenizer = Tokenizer(encode, pieces, specials, frozenset(), None, False, prefix_of(encode, pieces), None)
     bos = settled[0] if settled and names[settled[0]] in specials else None
     return tokenizer._replace(bos=bos, adds_bos=bos is not None)
+
+
+def without_gap(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json with tokens that no text has in a gap of ids before added ones, which the package does not keep.
+
+    What else may be wrong with it is for `token_names` to say."""
+    vocab, added = as_object(description.get("model")).get("vocab"), as_list(description.get("added_tokens"))
+    ids = {*(as_object(vocab).values() or range(len(as_list(vocab)))), *(as_object(token).get("id") for token in added)}
+    whole = all(type(i) is int for i in ids)
+    last = max((i for i in ids if type(i) is int), default=-1)
+    missing = [i for i in range(last) if i not in ids] if whole and last < len(ids) + GAP else []
+    inner = max((i for i in as_object(vocab).values() if type(i) is int), default=-1)
+    if not missing or min(missing) < inner:
+        return dict(description)
+    every = [*added, *(added_token(f"[PAD{i}]", i, True) for i in missing)]
+    return {**description, "added_tokens": sorted(every, key=lambda token: token["id"])}
 
 
 def token_names(description: Mapping[str, Any], file: object) -> tuple[list[str], dict[str, int]]:

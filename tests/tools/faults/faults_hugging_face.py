@@ -494,10 +494,10 @@ CASES: dict[str, Case] = {
     ), loads()),
     "B16": Case("S", "what this library's Llama does not have", {
         **changed(
-            ("model_type", "mistral", Accepted), ("model_type", ..., Accepted), ("hidden_act", "gelu", Accepted),
-            ("attention_bias", True, Accepted), ("mlp_bias", True, Accepted), ("sliding_window", 4096, Accepted),
+            ("model_type", "qwen2", KeyError), ("model_type", ..., KeyError), ("hidden_act", "gelu", Accepted),
+            ("attention_bias", True, Accepted), ("mlp_bias", True, Accepted), ("sliding_window", 2, Accepted),
             ("use_sliding_window", True, Accepted), ("quantization_config", {"bits": 4}, Accepted),
-            ("partial_rotary_factor", 0.5, Accepted), ("rope_interleaved", True, Accepted), ("auto_map", {}, Accepted),
+            ("partial_rotary_factor", 0.5, Accepted), ("rope_interleaved", True, Accepted), ("lora_r", 8, Accepted),
             ("layer_types", ["full_attention", "sliding_attention"], Accepted),
             ("attn_logit_softcapping", 50.0, Accepted), ("residual_multiplier", 0.22, Accepted),
             ("no_rope_layers", [1], Accepted),
