@@ -41,7 +41,7 @@ RUNS = {
     "--show": dict(action="store_true", help="print the first row of DATA as the model sees it, what is learned of it "
                    "in ⟦ ⟧, and train nothing"),
     "--allow": dict(action="append", default=[], metavar="KEY", help="resume although KEY, an option or a fingerprint, "
-                    "has changed; may be repeated"),
+                    "has changed; or read a model whose config has this field, which is unknown; may be repeated"),
 }  # fmt: skip
 # The settings, by group. Their limits are in `training.settings`.
 GROUPS = {
@@ -139,7 +139,7 @@ def train(args: argparse.Namespace) -> int:
     folder, resuming = Path(args.out), args.resume is not None
     settings = settle(given(args), read_fields(folder / RUN)["options"] if resuming else {})
     if args.show:
-        print(loop.show(settings))
+        print(loop.show(settings, args.allow))
         return 0
     at = chosen_step(folder, args.resume)
     return loop.train(settings, folder, at, resuming, args.allow, args.debug)

@@ -120,7 +120,7 @@ def train(settings: Settings, folder: Path, at: int | None, resuming: bool, allo
         agree_on(lambda: {"code": code(), **{name: v for name, v in settings._asdict().items() if name not in PATHS}})
         mesh = mesh_of(settings)
         corpus, config, state, saved, fingerprints = start(folder, settings, mesh, at, allowed)
-        weights = partial(base_digest, settings.init_from) if saved is None else lambda: saved.checksum
+        weights = partial(base_digest, settings.init_from, allowed) if saved is None else lambda: saved.checksum
         agree_on(lambda: {**fingerprints, "weights": weights(), "out": holder(folder, settings), "versions": ""})
         if mesh:
             check_seq(corpus.train.seq, mesh.shape)
@@ -164,8 +164,8 @@ def start(
 ) -> tuple[Corpus, Config, TrainState, Checkpoint | None, dict[str, Any]]:
     """The data, the initial state (or its shapes, for a checkpoint), the checkpoint, and the fingerprints."""
     saved = None if at is None else read_checkpoint(folder, at)
-    corpus, config, state = initialised(folder, settings, mesh, saved is not None)
-    base = {"base": base_digest(settings.init_from)} if settings.lora else {}  # which the adapters need
+    corpus, config, state = initialised(folder, settings, mesh, saved is not None, allowed)
+    base = {"base": base_digest(settings.init_from, allowed)} if settings.lora else {}  # which the adapters need
     fingerprints = fingerprints_of(settings, config, {**corpus.fingerprints, **base})
     if saved:
         check_fingerprints(saved, fingerprints, allowed, lambda text: print(f"note: {text}", file=sys.stderr))
@@ -173,10 +173,10 @@ def start(
 
 
 def initialised(
-    folder: Path, settings: Settings, mesh: Mesh | None, shapes_alone: bool
+    folder: Path, settings: Settings, mesh: Mesh | None, shapes_alone: bool, allowed: Sequence[str]
 ) -> tuple[Corpus, Config, TrainState]:
     """The data, and the initial state, created directly on its devices; or its shapes alone."""
-    base = load(settings.init_from, "float32", mesh) if settings.init_from else None
+    base = load(settings.init_from, "float32", mesh, allow=allowed) if settings.init_from else None
     with in_turn("data"):
         corpus = corpus_of(settings, folder / DATA, base, replace=not shapes_alone)
     config = base.config if base else new_config(settings, corpus.vocab)
@@ -212,10 +212,10 @@ def corpus_of(settings: Settings, folder: Path, base: Model | SavedModel | None,
     )  # fmt: skip
 
 
-def show(settings: Settings) -> str:
+def show(settings: Settings, allowed: Sequence[str]) -> str:
     """The first row as the model sees it, with what is learned of it between ⟦ and ⟧."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        base = stack.enter_context(checkpoint(settings.init_from)) if settings.init_from else None
+        base = stack.enter_context(checkpoint(settings.init_from, allow=allowed)) if settings.init_from else None
         corpus = corpus_of(settings, Path(folder), base, replace=True)
         ids, learned = corpus.train.first()
     for line in corpus.says:
@@ -230,11 +230,11 @@ def show(settings: Settings) -> str:
     return shown.decode(errors="replace") + ("⟧" if within else "")
 
 
-def base_digest(path: str | None) -> str:
+def base_digest(path: str | None, allowed: Sequence[str]) -> str:
     """The SHA-256 of the parameters of --init-from, if given."""
     if path is None:
         return ""
-    with checkpoint(path) as found:
+    with checkpoint(path, allow=allowed) as found:
         return found.digest()
 
 

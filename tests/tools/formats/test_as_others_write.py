@@ -108,11 +108,14 @@ def test_an_unknown_field_is_read_over_where_it_is_allowed(
     assert_close(ours(path, allow=["quux_scale", "zot"]), theirs(path), 1e-5, "logits")
     allow = ["--allow", "quux_scale", "--allow", "zot"]
     (tmp_path / "text").write_text("1 2 3 4")
+    (tmp_path / "prose").write_text("the sky is blue, the sea is too. " * 20)
     for command in (
         ["inspect", path], ["generate", "1 2", "--model", path, "--max-new", "1"],
         ["evaluate", path, tmp_path / "text"], ["convert", path, tmp_path / "out"],
         ["trace", path, "--tokens", "1 2", "--out", tmp_path / "t.safetensors"],
         ["plot", "rope", path, "--out", tmp_path / "rope.png"],
+        ["train", tmp_path / "prose", "--init-from", path, "--out", tmp_path / "run", "--steps", "1", "--ctx", "4",
+         "--tokenizer", "chars", "--batch", "1", "--lora", "1", "--sample", "0"],
         ["plan", path, "--chips", "cpu:1", "--mesh", "data=1", "--batch", "1", "--seq", "8"],
     ):  # fmt: skip
         assert main([*map(str, command)]) == 2, command
