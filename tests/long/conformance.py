@@ -24,7 +24,7 @@ import sysconfig
 import tempfile
 import time
 import venv
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +77,7 @@ class Check(NamedTuple):
 
 
 ALWAYS = (Check("40", "whole", 40), Check("300", "whole", 300), Check("cache", "cache", 40))
+SLOW = ("cache", "gradient")  # which tell nothing more about a cause
 PLAINLY = (
     Check("bfloat16", "whole", 40, "bfloat16"), Check("bfloat16 300", "whole", 300, "bfloat16"),
     Check("gradient", "gradient", 40),
@@ -252,13 +253,13 @@ def run(command: Sequence[str], folder: Path, environment: dict[str, str]) -> No
 
 
 def computed(
-    program: Program, reference: Reference, cures: Sequence[str] = (), names: Sequence[str] = tuple(CONFIGS)
+    program: Program, reference: Reference, cures: Sequence[str] = (), wanted: Callable[[Key], bool] = lambda key: True
 ) -> Outcome:
-    """Run a program on some checkpoints, with some places mended."""
+    """Run a program on what is wanted of the checkpoints, with some places mended."""
     python, cells, rows = installed(program), dict[Key, Cell](), dict[Key, Any]()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        asked = {key: checks_of(key[1]) for key in reference.folders if key[1] in names}
+        asked = {key: [c for c in checks_of(key[1]) if wanted((*key, c.name))] for key in reference.folders}
         checkpoints = {
             str(reference.folders[key]): [
                 check._asdict() | {"file": f"{' '.join(key)} {check.name}"} for check in checks
@@ -295,7 +296,7 @@ def text_of(program: Program, reference: Reference) -> tuple[str, str]:
     cures = [name for name, finding in program.findings.items() if "CURE" in finding]
     try:
         before = computed(program, reference)
-        after = computed(program, reference, cures) if cures else before
+        after = computed(program, reference, cures, lambda key: key in before.rows) if cures else before
         parts = [told(program, name, before, after, cures, reference) for name in program.findings]
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         said = " ".join(str(error).split())[:200]
@@ -369,17 +370,18 @@ def told(
     ]
     if keys:
         names, others = list(dict.fromkeys(key[1] for key in keys)), [cure for cure in cures if cure != name]
-        alone = computed(program, reference, others, names) if others else before
+        few = [where for where in names if where == names[0] or CONFIGS[where].rope_scaling]
+        asked = [key for key in keys if key[1] in few and key[2] not in SLOW]
+        alone = computed(program, reference, others, lambda key: key in asked) if others else before
         verdicts = {
-            where: judged(program, alone, [key for key in keys if key[1] == where], reference)
-            for where in names if where == names[0] or CONFIGS[where].rope_scaling
-        }  # fmt: skip
+            where: judged(program, alone, [key for key in asked if key[1] == where], reference) for where in few
+        }
         found = {where: verdict for where, verdict in verdicts.items() if verdict}
-        first = next(iter(found.values()))
-        said, *_ = str(first).partition("\n\nWhat these logits could not show")
+        first = next(iter(found.values()), None)
+        said, *_ = str(first or "the same").partition("\n\nWhat these logits could not show")
         parts.append(f"```text\n{said}\n```\n")
         for where, verdict in found.items():
-            if (verdict.bugs, verdict.dial) != (first.bugs, first.dial):
+            if first and (verdict.bugs, verdict.dial) != (first.bugs, first.dial):
                 parts.append(f"On {where}: {' or '.join(verdict.bugs) or verdict.dial or 'without a name'}.\n")
     if keys and "CURE" in finding:
         left = max((after.cells[key] for key in keys), key=severity)
