@@ -20,13 +20,14 @@ from lovely_llama import Config, check, is_number, is_whole, shapes
 from ..strict_json import to_json
 from ..tokens import Tokenizer, folder_tokenizer
 from .hub import is_name
+from .hugging_face import ADAPTED, ADAPTER, INDEX, WEIGHTS
 from .hugging_face_config import is_same, read_fields
 from .layout import HUGGING_FACE, all_tensors, tensor
 from .model import Checkpoint, Tensor, open_file, widened
 from .safetensors import Place, read_tensor, scan_safetensors, write_arrays
 
-WHOLE = ("orbax", "params.json", "model.safetensors", "model.safetensors.index.json")  # one of them is in a model
-ADAPTER, WEIGHTS, OLD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WHOLE = ("orbax", "params.json", WEIGHTS, INDEX)  # one of them is in a model
+OLD = "adapter_model.bin"
 PREFIX = "base_model.model."  # of every name in the file
 TURNED = ("embedding_A", "embedding_B")  # of the transpose: what multiplies ids in one-hot form
 PARTS = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
@@ -72,18 +73,18 @@ def base_of(path: Path) -> str | None:
 def open_adapter(path: Path, base: Checkpoint, files: ExitStack, allow: Collection[str] = ()) -> Checkpoint:
     """A checkpoint with the tensors of its base, changed as an adapter says. Sums are formed in float32."""
     settings = read_settings(path, allow)
-    old = (path / OLD).exists() and not (path / WEIGHTS).exists()
-    check("path", f"weights in {OLD} alone", not old, f"{WEIGHTS}, which peft's save_pretrained makes of them", path)
-    file = files.enter_context(open_file(path / WEIGHTS, path))
-    places = scan_safetensors(file, path / WEIGHTS)
-    changes = read_changes(places, settings, base, path / WEIGHTS)
+    old = (path / OLD).exists() and not (path / ADAPTED).exists()
+    check("path", f"weights in {OLD} alone", not old, f"{ADAPTED}, which peft's save_pretrained makes of them", path)
+    file = files.enter_context(open_file(path / ADAPTED, path))
+    places = scan_safetensors(file, path / ADAPTED)
+    changes = read_changes(places, settings, base, path / ADAPTED)
     paths = {
         tensor(base.layout, at, leaf.shape)[0]: (tensor(HUGGING_FACE, at, leaf.shape), at[-1].name, leaf.shape)
         for at, leaf in jax.tree.leaves_with_path(shapes(base.config))
     }
 
     def part(name: str) -> Float[np.ndarray, "..."]:
-        return widened(read_tensor(file, path / WEIGHTS, name, places[name]))
+        return widened(read_tensor(file, path / ADAPTED, name, places[name]))
 
     def get(name: str) -> Float[np.ndarray, "..."]:
         array, ((theirs, _), field, shape) = base.get(name), paths[name]
@@ -211,5 +212,5 @@ def save_adapter(path: Path, adapters: Any, config: Config, base: str, rank: int
         "use_rslora": False, "use_dora": False, "modules_to_save": None, "inference_mode": True,
     }  # fmt: skip
     path.mkdir()
-    write_arrays(path / WEIGHTS, arrays)
+    write_arrays(path / ADAPTED, arrays)
     (path / ADAPTER).write_text(to_json(settings, indent=2) + "\n")

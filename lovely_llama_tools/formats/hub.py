@@ -13,10 +13,20 @@ from ..extras import extra
 from ..tokens.base import small_file
 from ..tokens.folders import CONFIG as TOKENIZER
 from ..tokens.folders import SOURCES, SPECIALS
-from .hugging_face import CONFIG, GENERATION, INDEX, WEIGHTS
+from .hugging_face import ADAPTED, ADAPTER, CONFIG, GENERATION, INDEX, WEIGHTS
 
 OTHER = "vocab.json"  # of a tokenizer that is not read; it tells that none of `SOURCES` is missing
-WANTED = [CONFIG, GENERATION, INDEX, "*.safetensors", *SOURCES, *SPECIALS, "*.jinja", OTHER]  # all that is downloaded
+WANTED = [
+    CONFIG,
+    GENERATION,
+    INDEX,
+    ADAPTER,
+    "*.safetensors",
+    *SOURCES,
+    *SPECIALS,
+    "*.jinja",
+    OTHER,
+]  # all that is downloaded
 UNWANTED = ["*/*.safetensors", "consolidated*"]  # the same model once more, in other formats
 FOUND = "a model in the cache, or one that can be downloaded"
 ACCESS = "access: ask for it on the model's page, and log in with: hf auth login"
@@ -101,7 +111,8 @@ def needed(folder: Path) -> list[Path]:
     """The files without which a model is incomplete, whatever else there may be."""
     index = None if (folder / WEIGHTS).exists() else small_file(folder / INDEX, folder)
     shards = re.findall(r'"([\w.-]+\.safetensors)"', (index or b"").decode(errors="replace"))
-    names = [CONFIG, *(shards or [WEIGHTS])]
+    alone = (folder / ADAPTER).exists() and not (folder / CONFIG).exists()
+    names = [ADAPTER, ADAPTED] if alone else [CONFIG, *(shards or [WEIGHTS])]
     if (folder / TOKENIZER).exists() and not any((folder / name).exists() for name in (*SOURCES, OTHER)):
         names.append("tokenizer.json")
     return [folder / name for name in names]

@@ -24,6 +24,7 @@ from .safetensors import KINDS, Place, read_tensor, scan_safetensors, write_safe
 CONFIG, GENERATION, WEIGHTS, INDEX = (
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
+ADAPTER, ADAPTED = "adapter_config.json", "adapter_model.safetensors"  # PEFT's, in the place of a model
 BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # tables of frequencies in older files; not read
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before all names
 EMBED, UNEMBED = (f"{NAMES[field][HUGGING_FACE.column]}.weight" for field in ("embed", "unembed"))

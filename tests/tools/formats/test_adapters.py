@@ -21,6 +21,7 @@ from lovely_llama_tools.commands import main
 from lovely_llama_tools.formats.adapters import save_adapter
 from lovely_llama_tools.formats.files import checkpoint
 from lovely_llama_tools.formats.model import Model
+from lovely_llama_tools.inference import harness
 from lovely_llama_tools.training.step import MATRICES, new_adapters, stacked
 
 CONFIG = Config(29, 12, 2, 3, 2, 6, 20, 64, 3e-4, 700.0, None, False)
@@ -202,3 +203,15 @@ def test_a_tokenizer_beside_an_adapter_is_its_own(adapter: Path, tmp_path: Path)
     (path / "characters.json").write_text(json.dumps({"characters": "ab"}))
     tokenizer = load(path).tokenizer
     assert tokenizer is not None and tokenizer.encode("ab", False) == [0, 1] and load(adapter).tokenizer is None
+
+
+def test_lm_eval_takes_an_adapter_with_its_base(adapter: Path, base: Path, tmp_path: Path) -> None:
+    """As far as a tokenizer, which this one does not have."""
+    lost = changed(adapter, tmp_path / "lost", base_model_name_or_path=None, quux=1)
+    made = harness.adapter()
+    with pytest.raises(LlamaError, match="an adapter that names no base"):
+        made(pretrained=str(lost), allow="quux")
+    with pytest.raises(LlamaError, match="quux: got 1"):
+        made(pretrained=str(lost), base=str(base))
+    with pytest.raises(LlamaError, match="model: tokenizer: got none"):
+        made(pretrained=str(lost), base=str(base), allow="zot+quux")

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import jax
 import pytest
 from asserts import assert_close
 from builders import SMALL, random_params, write_sentencepiece
@@ -19,7 +20,9 @@ from huggingface_hub import constants, utils
 from lovely_llama import LlamaError
 from lovely_llama_tools import Model, load, save
 from lovely_llama_tools.commands import main
+from lovely_llama_tools.formats.adapters import save_adapter
 from lovely_llama_tools.tokens import folder_tokenizer
+from lovely_llama_tools.training.step import new_adapters, stacked
 
 NAME, COMMIT = "someone/tiny.llama", "0123456789abcdef0123456789abcdef01234567"
 
@@ -213,3 +216,17 @@ def test_a_path_is_no_name_on_the_hub(tmp_path: Path) -> None:
     for path in ("nowhere/model.gguf", "nowhere/a/b", "/nowhere/model", "./model", f"{tmp_path}/model", "../a", "é/a"):
         with pytest.raises(LlamaError, match="no such file"):
             load(path)
+
+
+def test_an_adapter_is_downloaded_and_merged_with_its_base(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    made = load(model)
+    blocks: Any = stacked(made.params).blocks
+    adapters = new_adapters(jax.random.key(0), blocks, 2, ["q"])
+    save_adapter(tmp_path / "adapter", adapters, made.config, str(model), 2, 4.0)
+    hub = Hub({path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()})
+    reach(monkeypatch, f"http://127.0.0.1:{hub.server_port}")
+    assert_close(load(NAME).params, made.params, 0, "params")
+    hub.hang_up()
+    assert {path.name for path in cache.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
