@@ -20,7 +20,7 @@ from lovely_llama import Config, check, is_number, is_whole, shapes
 from ..strict_json import to_json
 from ..tokens import Tokenizer, folder_tokenizer
 from .hub import is_name
-from .hugging_face import ADAPTED, ADAPTER, INDEX, WEIGHTS
+from .hugging_face import ADAPTED, ADAPTER, EMBED, INDEX, WEIGHTS
 from .hugging_face_config import is_same, read_fields
 from .layout import HUGGING_FACE, all_tensors, tensor
 from .model import Checkpoint, Tensor, open_file, widened
@@ -156,6 +156,8 @@ def read_changes(
         target = (parts[1] if parts else own.removesuffix(".weight")).replace(".base_layer", "") + ".weight"
         known = name.startswith(PREFIX) and target in wanted
         check(name, "a tensor of this name", known, "one for a matrix of the base", file)
+        shared = base.config.tied and target == EMBED  # for tokens alone, of what are two matrices then
+        check(name, "a change of an embedding that is tied", not shared, "an untied base", file)
         found.setdefault(target, {})[f"{parts[2] or ''}{parts[3]}" if parts else "whole"] = name
     check("tensors", "none", bool(found), "some", file)
     changes = dict[str, Change]()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,6 +176,17 @@ def test_tensors_that_have_no_place_are_refused(adapter: Path, base: Path, tmp_p
     path.rename(path.with_suffix(".bin"))
     with pytest.raises(LlamaError, match=r"got weights in adapter_model\.bin alone, expected adapter_model"):
         load(path.parent)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_a_tied_embedding_is_not_changed(how: dict[str, Any], tmp_path: Path) -> None:
+    """In peft the unembedding stays as it was, so that the two are no longer the same."""
+    config = replace(CONFIG, tied=True)
+    save(Model(config, random_params(config), None), tmp_path / "base")
+    trained(tmp_path / "base", tmp_path / "adapter", **({"target_modules": ["q_proj"]} | how))
+    with pytest.raises(LlamaError, match="got a change of an embedding that is tied, expected an untied base"):
+        load(tmp_path / "adapter")
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
