@@ -116,6 +116,7 @@ class Program(NamedTuple):
     """A row: `run_NAME.py`, and the findings about it."""
 
     name: str
+    why: str  # what keeps it from being run
     install: tuple[str, ...]
     log_probabilities: bool  # which it gives for logits
     findings: dict[str, dict[str, Any]]  # by the name of the module
@@ -191,7 +192,7 @@ def programs() -> dict[str, Program]:
     names = sorted(found, key=lambda name: (name != "transformers", name))
     facts = {name: stated(found[name]) for name in names}
     return {
-        name: Program(name, said["INSTALL"], said.get("LOG_PROBABILITIES", False), findings(name))
+        name: Program(name, said.get("WHY", ""), said["INSTALL"], said.get("LOG_PROBABILITIES", False), findings(name))
         for name, said in facts.items()
     }
 
@@ -300,7 +301,8 @@ def text_of(program: Program, reference: Reference) -> tuple[str, str]:
         parts = [told(program, name, before, after, cures, reference) for name in program.findings]
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         said = " ".join(str(error).split())[:200]
-        return f"| {program.name} | – | {today} | not run: {said} {'|' * len(COLUMNS)}", ""
+        section = f"### {program.name}\n\n{program.why}\n" if program.why else ""
+        return f"| {program.name} | – | {today} | not run: {said} {'|' * len(COLUMNS)}", section
     cells = [column(before.cells, after.cells, *where) for where in COLUMNS.values()]
     row = f"| {program.name} | {before.version} | {today} | {' | '.join(cells)} |"
     explained = {name for finding in program.findings.values() for name in finding["SHOWS"]}
@@ -384,9 +386,11 @@ def told(
             if first and (verdict.bugs, verdict.dial) != (first.bugs, first.dial):
                 parts.append(f"On {where}: {' or '.join(verdict.bugs) or verdict.dial or 'without a name'}.\n")
     if keys and "CURE" in finding:
-        left = max((after.cells[key] for key in keys), key=severity)
-        mended = "it is refused" if math.isnan(left.multiple) else f"{left} × rounding is left"
-        parts.append(f"Cure: {finding['CURE']}; then {mended}.\n")
+        left = [after.cells[key] for key in keys if not math.isnan(after.cells[key].multiple)]
+        gone = dict.fromkeys(key[1] for key in keys if math.isnan(after.cells[key].multiple))
+        mended = [f"{max(left)} × rounding is left"] if left else []
+        mended += [f"{' and '.join(gone)} refused"] if gone else []
+        parts.append(f"Cure: {finding['CURE']}; then {', '.join(mended)}.\n")
     elif "CURE" in finding:
         parts.append(f"Cure: {finding['CURE']}.\n")
     parts.append(f"Seen: {finding['SEEN'] or 'no public thread was found'}.\n")

@@ -16,7 +16,7 @@ from keras_hub.src.utils.transformers import convert_llama3
 KIND = "Fault"
 WHERE = "keras_hub/src/utils/transformers/convert_llama3.py:26"
 SHOWS = ("llama3", "linear", "yarn")
-CURE = "look for the scaling in rope_parameters too; types other than llama3 are then refused, as under the old name"
+CURE = "look for the scaling in rope_parameters too"
 SEEN = ""
 
 
