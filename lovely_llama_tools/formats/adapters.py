@@ -60,7 +60,7 @@ class Change(NamedTuple):
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter, and no whole model beside it."""
-    return (path / ADAPTER).exists() and not any((path / name).exists() for name in WHOLE)
+    return os.path.exists(path / ADAPTER) and not any(os.path.exists(path / name) for name in WHOLE)
 
 
 def base_of(path: Path) -> str | None:

@@ -226,11 +226,11 @@ WORD, EPS, HEADS = "tokenizer.ggml.", "llama.attention.layer_norm_rms_epsilon", 
 KINDS = ("tokens", "token_type", "merges")
 OPTIONAL = (
     KV_HEADS, "llama.rope.freq_base", "llama.rope.dimension_count", f"{WORD}bos_token_id", f"{WORD}eos_token_id",
-    f"{WORD}add_bos_token", "tokenizer.chat_template",
+    f"{WORD}add_bos_token", f"{WORD}pre", f"{WORD}token_type", "tokenizer.chat_template",
 )  # fmt: skip
 
 MISSING: dict[str, type[BaseException]] = {
-    "general.architecture": Accepted, f"{WORD}pre": KeyError,
+    "general.architecture": Accepted, f"{WORD}model": Accepted,
     **dict.fromkeys(("llama.embedding_length", HEADS, *(f"{WORD}{name}" for name in KINDS)), TypeError),
 }  # fmt: skip
 CUTS: dict[str, Callable[[File], int]] = {
@@ -284,10 +284,10 @@ CASES: dict[str, Case] = {
                 f"field of type {n}": bad(field("x", struct.pack("<IQ", n, 0)), "x", end=KeyError)
                 for n in (13, 99, 2**31)
             },
-            # Types that nobody knows, and Q2_K, IQ2_XXS, I32 and F64.
+            # Types that nobody knows, and Q8_K, IQ2_XXS, I32 and F64.
             **{
                 f"tensor of type {n}": bad(tensor(DOWN, kind=n), DOWN, f"unsupported type {n},", end=KeyError)
-                for n in (4, 5, 99, 2**32 - 1, 10, 16, 26, 28)
+                for n in (4, 5, 99, 2**32 - 1, 15, 16, 26, 28)
             },
             "key not UTF-8": bad(field(b"\xff\xfe", 1), "string", removed=ANY_BYTES, end=UnicodeDecodeError),
             "value not UTF-8": bad(
@@ -408,7 +408,7 @@ CASES: dict[str, Case] = {
     "C10": Case(
         "S", "tokenizers whose arrays do not fit together",
         {
-            "another tokenizer": bad(field(f"{WORD}model", "bert"), f"{WORD}model", end=Unlike),
+            "another tokenizer": bad(field(f"{WORD}model", "bert"), f"{WORD}model"),
             "another pre-tokenizer": bad(field(f"{WORD}pre", "qwen2"), f"{WORD}pre", end=KeyError),
             "too few pieces": bad(field(f"{WORD}tokens", TOKENS[:-1]), f"{WORD}tokens", end=Unlike),
             "a duplicate piece": bad(item(f"{WORD}tokens", 9, TOKENS[8]), f"{WORD}tokens", end=Unlike),
@@ -425,10 +425,10 @@ CASES: dict[str, Case] = {
             "a merge of unknown pieces": bad(item(f"{WORD}merges", 0, "日 本"), f"{WORD}merges", end=Exception),
             "a merge into an unknown piece": bad(item(f"{WORD}merges", 0, "a b"), f"{WORD}merges", end=Exception),
             **{f"{name} as a number": bad(field(f"{WORD}{name}", 5), f"{WORD}{name}", end=TypeError) for name in KINDS},
-            "bos −1": bad(field(f"{WORD}bos_token_id", struct.pack("<Ii", 5, -1)), f"{WORD}bos_token_id", end=Unlike),
-            "eos −1": bad(field(f"{WORD}eos_token_id", struct.pack("<Ii", 5, -1)), f"{WORD}eos_token_id", end=Unlike),
+            "bos −2": bad(field(f"{WORD}bos_token_id", struct.pack("<Ii", 5, -2)), f"{WORD}bos_token_id", end=Unlike),
+            "eos −2": bad(field(f"{WORD}eos_token_id", struct.pack("<Ii", 5, -2)), f"{WORD}eos_token_id", end=Unlike),
             "bos out of range": bad(field(f"{WORD}bos_token_id", TINY.vocab), f"{WORD}bos_token_id", end=Unlike),
-            "eos out of range": bad(field(f"{WORD}eos_token_id", 2**32 - 1), f"{WORD}eos_token_id", end=Unlike),
+            "eos out of range": bad(field(f"{WORD}eos_token_id", 2**32 - 2), f"{WORD}eos_token_id", end=Unlike),
             "an end of turns out of range": bad(field(f"{WORD}eot_token_id", TINY.vocab), f"{WORD}eot_token_id"),
             "an invalid template": bad(
                 field("tokenizer.chat_template", "{% for %}"), "tokenizer.chat_template", removed=UNPARSED),

@@ -368,7 +368,7 @@ CASES: dict[str, Case] = {
             "json: below 0": bad("model.vocab", "", json=described(negative), end=Unlike),
             "json: a special token's id": bad("model.vocab", "among the", json=described(moved), end=Unlike),
             "json: too many": bad("pieces", "got 280", vocab=279, json=json_source()),
-            "json: a word beyond": bad("pieces", "281", vocab=280, json=json_source(), config=added(280, "w", False)),
+            "json: a word": bad("pieces", "281", vocab=280, json=json_source(), config=added(280, "<new>", False)),
             "json: a token added after a gap": bad("model.vocab", "99999", json=json_source(), config=added(99999)),
             "json: an id of a name elsewhere": bad(
                 "added_tokens_decoder", "9", json=json_source(), config=added(9, "[BOS]")

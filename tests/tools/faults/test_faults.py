@@ -136,7 +136,7 @@ def test_variant_without_its_guard(world: World, case: str, name: str) -> None:
     "fault", [RuntimeError("a\nb"), MemoryError(), TypeError("no"), jax.errors.JaxRuntimeError("x")]
 )
 def test_an_unexpected_exception_is_one_line(world: World, fault: Exception) -> None:
-    def fail(*_: object) -> Any:
+    def fail(*_: object, **__: object) -> Any:
         raise fault
 
     world.patch.setattr(talk, "load", fail)

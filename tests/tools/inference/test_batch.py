@@ -230,7 +230,7 @@ def test_newlines_in_a_text_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = counting_model([b"a", b"\n", b"\\", b"n", b"\r", "é".encode()])
-    monkeypatch.setattr(talk, "load", lambda *_: model)
+    monkeypatch.setattr(talk, "load", lambda *_, **__: model)
     (tmp_path / "prompts").write_text("a\n")
     options = ("--prompts", tmp_path / "prompts", "--model", "none", "--max-new", 5, "--temperature", 0, "--quiet")
     assert run(capsys, *options)[1] == "\\n\\\\n\\ré\n"

@@ -237,7 +237,7 @@ def test_lm_evals_own_command_line(
     assert caught.value.code == 2
     assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
     assert main([*command[:4], f"pretrained={small},revision=main", *command[5:], "--include_path", str(tasks)]) == 2
-    assert "model_args: got revision, expected pretrained, dtype and batch_size" in capsys.readouterr().err
+    assert "model_args: got revision, expected pretrained, base, allow, dtype and batch_size" in capsys.readouterr().err
 
 
 def request(*arguments: Any) -> Any:
