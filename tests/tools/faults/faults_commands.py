@@ -137,7 +137,8 @@ def speaks(world: World) -> None:
 # The process creates a file, and then stays busy: it loads over and over, or is in C code that does not return, as
 # during compilation; here, in a mutex that is locked twice. The file appears once it is surely there.
 LOADING = (
-    "lambda *given: any((original(*given), __import__('pathlib').Path({mark!r}).touch())[1] for _ in iter(int, 1))"
+    "lambda *given, **how: any("
+    "(original(*given, **how), __import__('pathlib').Path({mark!r}).touch())[1] for _ in iter(int, 1))"
 )
 IN_C = (
     "lambda *_, **__: (c := __import__('ctypes'), lock := c.CDLL(None).pthread_mutex_lock, "
