@@ -308,14 +308,8 @@ def described(**changes: Any) -> Any:
     assert isinstance(encode, SentencePiece)
     found: Vocabulary = read_proto(encode.proto, "proto")
     texts, scores, kinds = (list(column) for column in zip(*found.pieces, strict=True))
-    fields = {
-        "model": "llama",
-        "tokens": texts,
-        "scores": scores,
-        "token_type": kinds,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    fields: dict[str, Any] = {"model": "llama", "tokens": texts, "scores": scores, "token_type": kinds}
+    fields |= {"bos_token_id": 1, "eos_token_id": 2}
     for name, change in changes.items():
         fields[name] = change(fields[name]) if callable(change) else change
     fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items() if value is not None}
