@@ -22,7 +22,6 @@ from lovely_llama_tools.formats.model import Model
 from lovely_llama_tools.tokens import Tokenizer, tokenizer_fields
 from lovely_llama_tools.tokens.pieces import (
     CONTROL,
-    UNKNOWN,
     USER_DEFINED,
     Piece,
     SentencePiece,
@@ -133,7 +132,6 @@ def kinds(*changes: tuple[int, int]) -> list[int]:
 OTHERS: dict[str, dict[str, Any]] = {
     "<unk> a control token": {"token_type": kinds((0, CONTROL))},
     "<unk> a control token, stated": {"token_type": kinds((0, CONTROL)), "unknown_token_id": 0},
-    "several unknown": {"token_type": kinds((0, UNKNOWN), (650, UNKNOWN)), "unknown_token_id": 0},
     "no scores": {"scores": None},
     "no EOS": {"eos_token_id": 2**32 - 1},
 }
