@@ -40,7 +40,7 @@ def oracle_with(
     if name:
         BY_PARTS[name](parts)
     for key, value in (fields or {}).items():
-        (own["rope_parameters"] if key == "rope_theta" else own)[key] = value
+        (own["rope_parameters"] if key in own["rope_parameters"] else own)[key] = value
     fields_of: dict[str, Any] = own | {"num_attention_heads": 2}  # others need not divide dim
     made: Any = LlamaConfig(**fields_of)
     made.num_attention_heads = config.kv_heads * config.q_per_kv

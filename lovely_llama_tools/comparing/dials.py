@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,8 +10,7 @@ from lovely_llama import Config, Params
 
 from .bugs import Bug
 from .bugs.around import EMBEDDING
-from .bugs.attention import VISIBLE
-from .bugs.attention import scaled as scores_scaled
+from .bugs.attention import VISIBLE, scaled
 from .bugs.bug import attention, feed_forward, fixed
 from .bugs.rotary import POSITION, angles
 from .bugs.rotary import scaling as scaled_by
@@ -67,22 +66,15 @@ def dials(candidates: Candidates) -> list[Dial]:
 
     scaling = config.rope_scaling
     own = list[Dial]()
-
-    def scaled(name: str, **changes: Any) -> Bug:
-        return Bug(name, "", "", config=scaled_by(**changes))
-
     if scaling:
-        own.append(dial("the scaling's factor", float(scaling.factor), 16.0, lambda name, x: scaled(name, factor=x)))
-    if scaling and scaling.kind != "linear":
-        context = float(scaling.original_ctx)
-        own.append(dial("original_max_position_embeddings", context, 1e3,
-                        lambda name, x: scaled(name, original_ctx=max(1, round(x)))))  # fmt: skip
+        own.append(dial("the scaling's factor", float(scaling.factor), 16.0,
+                        lambda name, x: Bug(name, "", "", config=scaled_by(factor=x))))  # fmt: skip
     return [
         *own,
         dial("theta", float(config.theta), 1e3, lambda name, x: Bug(name, "", "", config=fixed(theta=x))),
         dial("eps", float(config.eps), 1e4, lambda name, x: Bug(name, "", "", config=fixed(eps=x))),
         dial("positions", 1.0, 16.0, lambda name, x: words(name, angles(f"f * ({POSITION} * {x!r})"))),
-        dial("scores", 1.0, 16.0, lambda name, x: words(name, scores_scaled(f"{x!r}"))),
+        dial("scores", 1.0, 16.0, lambda name, x: words(name, scaled(f"{x!r}"))),
         dial("the embedding", 1.0, 64.0,
              lambda name, x: words(name, (Words("embed", EMBEDDING, f"{EMBEDDING} * {x!r}"),))),
         dial("attention's answers", 1.0, 16.0,

@@ -16,17 +16,8 @@ from ..tokens.folders import SOURCES, SPECIALS
 from .hugging_face import ADAPTED, ADAPTER, CONFIG, GENERATION, INDEX, WEIGHTS
 
 OTHER = "vocab.json"  # of a tokenizer that is not read; it tells that none of `SOURCES` is missing
-WANTED = [
-    CONFIG,
-    GENERATION,
-    INDEX,
-    ADAPTER,
-    "*.safetensors",
-    *SOURCES,
-    *SPECIALS,
-    "*.jinja",
-    OTHER,
-]  # all that is downloaded
+# All that is downloaded.
+WANTED = [CONFIG, GENERATION, INDEX, ADAPTER, "*.safetensors", *SOURCES, *SPECIALS, "*.jinja", OTHER]
 UNWANTED = ["*/*.safetensors", "consolidated*"]  # the same model once more, in other formats
 FOUND = "a model in the cache, or one that can be downloaded"
 ACCESS = "access: ask for it on the model's page, and log in with: hf auth login"

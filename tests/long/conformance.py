@@ -48,7 +48,7 @@ README = ROOT / "README.md"
 FOLDER = Path(__file__).with_suffix("")
 ENVIRONMENTS = ROOT / ".venv" / "conformance"
 MARKS = {name: (f"<!-- {name} -->\n", f"<!-- /{name} -->") for name in ("table", "findings", "conformance")}
-ALONE = {  # a program's environment: no network, no accelerator, no packages but its own
+ALONE = {  # for programs: nothing from the hub, no accelerator, no packages but those of the two environments
     "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONNOUSERSITE": "1",
     "PYTHONPATH": "",
 }  # fmt: skip

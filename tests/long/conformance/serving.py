@@ -23,8 +23,10 @@ def serve(
     logits: Callable[[Any, list[int]], Any],
     decode: Callable[[Any, list[int]], Any] | None = None,
     gradient: Callable[[Any, list[int]], Any] | None = None,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
 ) -> None:
-    """Run the checks that a file asks for, under the cures that it names: `run_PROGRAM.py JOB.json`."""
+    """Run the checks that a file asks for, under the cures that it names: `run_PROGRAM.py JOB.json`. `dtypes`: those in
+    which it can be fed."""
     job = json.loads(Path(sys.argv[1]).read_text())
     out = Path(job["out"])
     warnings.simplefilter("ignore")
@@ -32,7 +34,7 @@ def serve(
         importlib.import_module(name).cure()
     known = {"whole": logits, "cache": decode or absent, "gradient": gradient or absent}
     for folder, checks in job["checkpoints"].items():
-        for dtype in ("float32", "bfloat16"):
+        for dtype in dtypes:
             asked = [check for check in checks if check["dtype"] == dtype and known[check["how"]] is not absent]
             model: Any = None
             for check in asked:

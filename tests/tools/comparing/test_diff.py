@@ -165,6 +165,16 @@ def test_a_number_that_is_not_the_right_one_is_found() -> None:
     assert "Found: eps 0.004 instead of 0.0003\n" in str(verdict)
 
 
+@pytest.mark.parametrize("factor", [5.0, 8.02])
+def test_another_factor_is_a_number_and_not_the_bug_that_comes_near(factor: float) -> None:
+    """Of 8.02 the factor of another model, 8, explains all but a little."""
+    theirs, _ = oracle_with(None, MODEL.params, SMALL, {"factor": factor})
+    verdict = diff(MODEL, run(theirs))
+    assert verdict.verdict == "bug" and not verdict.bugs and verdict.dial, verdict
+    assert verdict.dial["name"] == "the scaling's factor"
+    assert verdict.dial["theirs"] == pytest.approx(factor, rel=1e-4)
+
+
 def test_the_width_of_a_window_is_found() -> None:
     def mask(ids: Any) -> Any:
         distance = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])

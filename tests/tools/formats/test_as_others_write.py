@@ -17,13 +17,15 @@ from builders import SMALL, random_params, tiny_arrays, tiny_fields, tokenizer_o
 from safetensors.numpy import load_file, save_file
 from texts import corpus, drawn
 
-from lovely_llama import Config, LlamaError, logits
+from lovely_llama import Config, LlamaError, RopeScaling, logits
 from lovely_llama_tools import config_from_hf, config_to_hf, folder_tokenizer, load, save
 from lovely_llama_tools.commands import main
 from lovely_llama_tools.formats.hugging_face_config import MODEL_TYPES, NEUTRAL
 from lovely_llama_tools.formats.model import Model
 from lovely_llama_tools.tokens import gguf_tokenizer, tokenizer_files
+from lovely_llama_tools.tokens.converting import describe_proto
 from lovely_llama_tools.tokens.pieces import SentencePiece, Vocabulary, read_proto, sentencepiece_tokenizer
+from lovely_llama_tools.tokens.pipelines import pipeline_tokenizer
 from lovely_llama_tools.tokens.training import train_bpe, train_sentencepiece
 
 AutoTokenizer: Any = transformers.AutoTokenizer
@@ -54,14 +56,23 @@ def theirs(path: Path, kind: Any = LlamaForCausalLM) -> Any:
 # ---- Configs ---------------------------------------------------------------------------------------------------------
 
 
+# As published Llamas state them.
+PUBLISHED: dict[str, Any] = {
+    "resid_pdrop": 0.1, "hidden_dropout_prob": 0.1, "attention_dropout_prob": 0.1, "pretraining_tp": 2,
+    "use_flash_attention": False, "use_memorry_efficient_attention": True, "eos_token": "</s>", "pad_token": "</s>",
+    "end_token_id": 2, "pad_token_id": -1, "max_sequence_length": 2048, "sliding_window": 4096, "quantization": None,
+    "auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"}, "model_max_length": 96, "is_decoder": True,
+    "transformers_version": "4.31.0", "unsloth_version": "2024.9", "_name_or_path": "base", "layer_norm_eps": None,
+}  # fmt: skip
+
+
 def test_fields_that_change_nothing_have_a_reason_and_are_read_over(tmp_path: Path) -> None:
-    path = folder(tmp_path / "model")
-    want, stated = theirs(path), json.loads((path / "config.json").read_text())
+    """Those of published models are so in transformers too."""
+    path = folder(tmp_path / "model", **PUBLISHED)
+    assert_close(ours(path), theirs(path), 1e-5, "logits")
     for value in (1, "x", {"a": 1}):
-        config = config_from_hf({**dict.fromkeys(NEUTRAL, value), **stated})
-        assert config == CONFIG
+        assert config_from_hf({**dict.fromkeys(NEUTRAL, value), **config_to_hf(CONFIG)}) == CONFIG
     assert all(len(reason) > 8 for reason in NEUTRAL.values())
-    assert_close(ours(path), want, 1e-5, "logits")
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
@@ -152,8 +163,6 @@ def test_a_mistral_states_its_window() -> None:
 
 def test_yarns_betas_are_written_as_floats() -> None:
     """Transformers warns of whole numbers."""
-    from lovely_llama import RopeScaling
-
     rope = config_to_hf(replace(CONFIG, rope_scaling=RopeScaling("yarn", 4.0, 24, 1, 32)))["rope_scaling"]
     assert (type(rope["beta_fast"]), type(rope["beta_slow"])) == (float, float)
 
@@ -243,9 +252,6 @@ def test_pieces_with_spaces_are_found_whole(tmp_path: Path) -> None:
 
 def test_merges_of_equal_score_go_by_the_longer_left_part() -> None:
     """A tokenizer.json written from a SentencePiece model has its ids on source code too."""
-    from lovely_llama_tools.tokens.converting import describe_proto
-    from lovely_llama_tools.tokens.pipelines import pipeline_tokenizer
-
     shared = Path(__file__).resolve().parents[4] / "shared/data/llama2-tokenizer.model"
     if not shared.exists():
         pytest.skip(f"needs {shared}")
