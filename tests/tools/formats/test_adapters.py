@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 from lovely_llama import Adapter, Config, LlamaError, logits
 from lovely_llama_tools import load, save
 from lovely_llama_tools.commands import main
+from lovely_llama_tools.fast.layers import in_tuple
 from lovely_llama_tools.formats.adapters import save_adapter
 from lovely_llama_tools.formats.files import checkpoint
 from lovely_llama_tools.formats.model import Model
 from lovely_llama_tools.inference import harness
-from lovely_llama_tools.training.step import MATRICES, new_adapters, stacked
+from lovely_llama_tools.training.step import MATRICES, merged, new_adapters, stacked
 
 CONFIG = Config(29, 12, 2, 3, 2, 6, 20, 64, 3e-4, 700.0, None, False)
 IDS = np.random.RandomState(0).randint(1, 29, 24)
@@ -103,9 +104,10 @@ def test_adapters_of_ours_have_the_same_logits_in_peft(
     adapters = jax.tree.map(changed_b, adapters, is_leaf=lambda node: isinstance(node, Adapter))
     save_adapter(tmp_path / "adapter", adapters, CONFIG, str(base), rank, 3.0)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
-    want = theirs(model)
+    want, whole = theirs(model), merged(stacked(load(base).params), adapters, 3.0 / rank)
     assert np.linalg.norm(want - ours(base)) > 0.05 * np.linalg.norm(want)
-    assert_close(ours(tmp_path / "adapter"), want, 1e-5, "logits")
+    assert_close(logits(in_tuple(whole), IDS, CONFIG), want, 1e-5, "merged here")
+    assert_close(ours(tmp_path / "adapter"), want, 1e-5, "read again")
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------

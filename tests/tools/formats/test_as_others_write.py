@@ -365,11 +365,14 @@ def test_keys_that_change_nothing_are_read_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("pre", "like"), [("llama-v3", "llama-bpe"), ("falcon3", "llama-bpe"), (None, "default"),
-                                           ("phi-2", "gpt-2"), ("starcoder", "smollm")])  # fmt: skip
+                                           ("phi-2", "gpt-2"), ("starcoder", "smollm"), ("dbrx", "smaug-bpe")])  # fmt: skip
 def test_a_split_has_other_names(pre: str | None, like: str, tmp_path: Path) -> None:
-    rest = {name: value for name, value in tiny_fields().items() if name != "tokenizer.ggml.pre"}
+    """BOS is added under those of Llama 3 alone, where a file does not say."""
+    unsaid = ("tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token")
+    rest = {name: value for name, value in tiny_fields().items() if name not in unsaid}
     named = {} if pre is None else {"tokenizer.ggml.pre": pre}
     paths = [write_gguf(tmp_path / f"{i}.gguf", rest | fields, tiny_arrays())
              for i, fields in enumerate((named, {"tokenizer.ggml.pre": like}))]  # fmt: skip
     got, want = (tokenizer_of(load(path)) for path in paths)
     assert all(got.encode(text, False) == want.encode(text, False) for text in drawn(300))
+    assert got.adds_bos == want.adds_bos == (like == "llama-bpe")
