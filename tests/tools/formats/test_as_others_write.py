@@ -364,8 +364,11 @@ def test_keys_that_change_nothing_are_read_over(tmp_path: Path) -> None:
     assert load(path, allow=["llama.logit_scale"]).config == want.config
 
 
-@pytest.mark.parametrize(("pre", "like"), [("llama-v3", "llama-bpe"), ("falcon3", "llama-bpe"), (None, "default"),
-                                           ("phi-2", "gpt-2"), ("starcoder", "smollm"), ("dbrx", "smaug-bpe")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pre", "like"),
+    [("llama-v3", "llama-bpe"), ("falcon3", "llama-bpe"), (None, "default"), ("phi-2", "gpt-2"),
+     ("starcoder", "smollm"), ("dbrx", "smaug-bpe")],
+)  # fmt: skip
 def test_a_split_has_other_names(pre: str | None, like: str, tmp_path: Path) -> None:
     """BOS is added under those of Llama 3 alone, where a file does not say."""
     unsaid = ("tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token")
